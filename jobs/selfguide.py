@@ -1,0 +1,9 @@
+"""The whole method over all tasks of a config; submit the same job again to continue it.
+
+ray job submit --working-dir . -- python jobs/selfguide.py configs/paper.yaml [key=value …]
+"""
+
+from selfguide_ray.method import evaluate, main, plan, report, synthesize, train
+
+if __name__ == "__main__":
+    main(__doc__, [plan, synthesize, train, evaluate, report])

@@ -1,0 +1,360 @@
+"""The settings of a run: seven sections named like the tables, and `student` and `cluster`.
+
+The defaults are the reference's (spec §1, §2); a YAML file states only what differs. The text below a field is its
+documentation everywhere: in errors, and in the README's table. `load` reads a file and `a.b=c` overrides.
+"""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from selfguide_ray.errors import SelfGuideError
+
+# Chat phrases that mark a reply about the text instead of the text (our list; the reference's idea, spec §1.2.3).
+CHAT_PHRASES = (
+    "Sure,", "Sure!", "Certainly", "Of course", "Here is", "Here's", "Thank you for", "Great question", "I apologize",
+    "I'm sorry", "As an AI", "As a language model", "I cannot", "Let me",
+)  # fmt: skip
+
+
+T = TypeVar("T")
+
+
+class Section(BaseModel):
+    """A group of settings: frozen, and closed to keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+class PerFamily(Section, Generic[T]):
+    """A setting that differs between classification and generation tasks; one value stands for both."""
+
+    classification: T
+    generation: T
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_for_both(cls, value: Any) -> Any:
+        return value if isinstance(value, dict | PerFamily) else {"classification": value, "generation": value}
+
+    def of(self, labels: Sequence[str]) -> T:
+        """The value for a task with these labels."""
+        return self.classification if labels else self.generation
+
+
+def per_family(classification: Any, generation: Any) -> Any:
+    """The default of a PerFamily field."""
+    return Field(default_factory=lambda: {"classification": classification, "generation": generation})
+
+
+class Student(Section):
+    """Which model, and how it runs."""
+
+    model: str = "embedded/nano"
+    """A folder with a Hugging Face causal LM, a hub name, or embedded/nano, the small student inside the package."""
+    engine: Literal["transformers", "scripted"] = "transformers"
+    """What generates: transformers, or scripted, a deterministic stand-in without a model for tests of the plumbing."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the weights; auto is bfloat16 on a GPU and float32 on a CPU."""
+    max_prompt_tokens: int = Field(3000, ge=16)
+    """Longest prompt in tokens; also bounded by the model's context less the new tokens."""
+    batch_rows: int = Field(64, ge=1)
+    """Rows that the engine decodes together."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+
+class Cluster(Section):
+    """How much of the cluster to use. Nothing here changes a result."""
+
+    engines: int = Field(1, ge=1)
+    """Engine actors; each loads the student once."""
+    cpus_per_engine: float = Field(1, ge=0)
+    """CPUs, and so threads, of an engine."""
+    gpus_per_engine: float = Field(0, ge=0)
+    """GPUs of an engine."""
+    groups: int = Field(1, ge=1)
+    """Training groups, each a Ray Train run that walks its share of the tasks."""
+    workers: int = Field(1, ge=1)
+    """Workers in a group; they train each task together, data-parallel."""
+    cpus_per_worker: float = Field(1, ge=0)
+    """CPUs, and so threads, of a training worker."""
+    gpus_per_worker: float = Field(0, ge=0)
+    """GPUs of a training worker."""
+
+
+class Tasks(Section):
+    """Which tasks, and what is held out."""
+
+    source: str = "embedded/tasks"
+    """A directory or tar archive of task files, one file, or embedded/tasks, the examples inside the package."""
+    select: str = "all"
+    """Comma-separated: all, a name or GLOB, a split (default/test), category:NAME, language:NAME; a&b is both, !a takes away."""
+    splits: str | None = None
+    """Directory of Natural Instructions' split lists; by default looked for beside the source."""
+    per_shard: int = Field(8, ge=1)
+    """Tasks in a shard, the unit of work and of resume."""
+    instances: int = Field(100, ge=0)
+    """Held-out instances of a task: the first of a test task, in order (the official rule), else a seeded sample."""
+    strict: bool = False
+    """Stop at the first broken task file instead of listing it at the end."""
+
+    @field_validator("select", mode="before")
+    @classmethod
+    def _joined(cls, value: Any) -> Any:
+        return ",".join(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value
+
+
+class Inputs(Section):
+    """Rounds in which the student invents inputs (spec §1.1, §1.2)."""
+
+    rounds: PerFamily[int] = per_family(40, 20)
+    """Rounds; each sees the inputs that survived the rounds before."""
+    prompts_per_round: int = Field(10, ge=1)
+    """Prompts of a task in a round, one new input each."""
+    temperature: PerFamily[float] = per_family(0.6, 1.0)
+    """Sampling temperature; 0 is greedy."""
+    top_k: int = Field(40, ge=0)
+    """Sample among the k likeliest tokens; 0 is all."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Sample among the likeliest tokens that hold this probability."""
+    max_new_tokens: int = Field(500, ge=1)
+    """Longest new input in tokens."""
+    max_earlier: int = Field(10, ge=0)
+    """A prompt shows 1 to this many earlier inputs, drawn at random."""
+    length_filter: bool = True
+    """Drop inputs whose length in characters is outside mean ± length_sigmas standard deviations of the examples'."""
+    length_sigmas: float = Field(2.0, ge=0)
+    """Half-width of that range in standard deviations."""
+    length_slack: float = Field(0.0, ge=0)
+    """Widen the range at both ends by this share of the mean length; a few examples tell little about lengths."""
+    noise_words: tuple[str, ...] = ("input", "output", *CHAT_PHRASES)
+    """Texts that hold one of these words or phrases, or a blank line, are dropped; a task may add its own."""
+
+
+class Outputs(Section):
+    """The student answers its inputs (spec §1.3)."""
+
+    samples: int = Field(20, ge=1)
+    """Answers sampled for each input."""
+    temperature: float = Field(0.2, ge=0)
+    """Sampling temperature; 0 is greedy."""
+    top_k: int = Field(10, ge=0)
+    """Sample among the k likeliest tokens; 0 is all."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Sample among the likeliest tokens that hold this probability."""
+    max_new_tokens: int = Field(500, ge=1)
+    """Longest answer in tokens, in predictions too."""
+
+
+class Trainset(Section):
+    """Votes, filters and balance that make training pairs of answers (spec §1.4, §1.5). No engine is needed."""
+
+    keep: int = Field(10, ge=1)
+    """Of the samples, those with the highest summed log-probability that may vote."""
+    length_filter: PerFamily[bool] = per_family(False, True)
+    """Drop answers whose length is outside the range of the examples' outputs; never useful for labels."""
+    length_sigmas: float = Field(2.0, ge=0)
+    """Half-width of that range in standard deviations."""
+    length_slack: float = Field(0.0, ge=0)
+    """Widen the range at both ends by this share of the mean length."""
+    noise_words: tuple[str, ...] = ("input", "output", *CHAT_PHRASES)
+    """Answers that hold one of these words or phrases, or a blank line, are dropped; a task may add its own."""
+    min_frequency: float = Field(0.3, ge=0, le=1)
+    """The most frequent answer needs this share of the votes."""
+    vote_among: Literal["survivors", "samples"] = "survivors"
+    """The share is taken of the answers that survive their filters (the reference), or of all that may vote."""
+    extract_labels: bool = True
+    """Take the one label that a wordy answer names; off, an answer has to equal a label (the reference)."""
+    balance: bool = True
+    """Keep as many pairs of each label as the rarest label has (classification)."""
+    max_tokens: int = Field(2000, ge=16)
+    """Pairs longer than this are dropped, never cut."""
+
+
+class Models(Section):
+    """Fine-tuning (spec §2)."""
+
+    method: Literal["lora", "full"] = "lora"
+    """Train a LoRA adapter, or all weights as the paper does."""
+    rank: int = Field(16, ge=1)
+    """Rank of the adapter."""
+    alpha: float = Field(32, gt=0)
+    """Scale of the adapter: alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout in front of the adapter."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Modules that get an adapter: names, or all-linear."""
+    epochs: int = Field(3, ge=1)
+    """Passes over a task's pairs."""
+    batch_size: int = Field(1, ge=1)
+    """Pairs in an optimiser step, over all workers of the group."""
+    learning_rate: float | None = Field(None, gt=0)
+    """Peak rate; by default 5e-5 for all weights (the reference) and 2e-4 for an adapter."""
+    schedule: Literal["linear", "constant"] = "linear"
+    """Linear decay to zero, or constant."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear warm-up."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay of AdamW (β 0.9, 0.999; ε 1e-8)."""
+    clip: float = Field(1.0, gt=0)
+    """Largest norm of the gradient."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """How far DeepSpeed shards optimiser, gradients and weights over a group's workers."""
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """Further keys of a DeepSpeed configuration, merged over ours."""
+
+    @property
+    def peak_rate(self) -> float:
+        """The learning rate in force."""
+        return self.learning_rate or (2e-4 if self.method == "lora" else 5e-5)
+
+
+SystemName = Literal["copy", "majority", "zero_shot", "few_shot", "selfguide"]
+
+
+class Predictions(Section):
+    """Which systems answer the held-out instances."""
+
+    systems: tuple[SystemName, ...] = Field(("copy", "majority", "zero_shot", "few_shot", "selfguide"), min_length=1)
+    """The systems, floors first."""
+
+
+class Scores(Section):
+    """How predictions are scored."""
+
+    bootstrap: int = Field(1000, ge=0)
+    """Resamples behind each 95 % interval; 0 leaves intervals out."""
+
+
+class Config(Section):
+    """Everything a run depends on."""
+
+    run: str = "runs/default"
+    """The run's folder: a path, or a URI such as s3://bucket/run."""
+    seed: int = Field(0, ge=0)
+    """Decides every random choice together with a row's identity."""
+    student: Student = Student()
+    cluster: Cluster = Cluster()
+    tasks: Tasks = Tasks()
+    inputs: Inputs = Inputs()
+    outputs: Outputs = Outputs()
+    trainset: Trainset = Trainset()
+    models: Models = Models()
+    predictions: Predictions = Predictions()
+    scores: Scores = Scores()
+
+
+def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """The settings of a YAML file with `section.key=value` overrides, values written as in YAML."""
+    document = _read(Path(path)) if path is not None else {}
+    given = [_assignment(override) for override in overrides]
+    for keys, value in given:
+        _assign(document, keys, value)
+    try:
+        return Config.model_validate(document)
+    except ValidationError as error:
+        raise _explain(error, str(path), {".".join(keys) for keys, _ in given}) from error
+
+
+def fields() -> list[tuple[str, str, str]]:
+    """(dotted name, default, meaning) of every setting, in order; the README's table is made of it."""
+
+    def walk(model: type[BaseModel], prefix: str) -> list[tuple[str, str, str]]:
+        rows = []
+        for name, field in model.model_fields.items():
+            if isinstance(field.default, Section):
+                rows += walk(type(field.default), f"{prefix}{name}.")
+            else:
+                default = field.get_default(call_default_factory=True)
+                rows.append((prefix + name, _shown(default), field.description or ""))
+        return rows
+
+    return walk(Config, "")
+
+
+def _shown(default: Any) -> str:
+    """A default as a user would write it; a long list is cut."""
+    if isinstance(default, dict) and set(default) == {"classification", "generation"}:
+        return f"{_shown(default['classification'])} / {_shown(default['generation'])}"
+    text = yaml.safe_dump(list(default) if isinstance(default, tuple) else default, default_flow_style=True, width=9999)
+    text = text.removesuffix("\n").removesuffix("\n...")
+    return text if len(text) <= 60 else text[:30] + "…]"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise SelfGuideError(
+            f"{path}: there is no such file.",
+            "The settings are read from it.",
+            "Give a file, such as configs/quickstart.yaml.",
+        )
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SelfGuideError(
+            f"{path}: cannot be parsed: {' '.join(str(error).split())}.",
+            "Settings are YAML in UTF-8.",
+            "Correct the file.",
+        ) from error
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise SelfGuideError(
+            f"{path}: holds a {type(document).__name__}.",
+            "Settings are a mapping of sections.",
+            "See configs/quickstart.yaml.",
+        )
+    return document
+
+
+def _assignment(override: str) -> tuple[list[str], Any]:
+    name, equals, text = override.partition("=")
+    if not equals or not name.strip():
+        raise SelfGuideError(
+            f"command line: {override!r} is not an override.",
+            "Overrides have the form section.key=value.",
+            "For example inputs.rounds=4.",
+        )
+    try:
+        return name.strip().split("."), yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        return name.strip().split("."), text  # a bare string such as !task1* or a: b
+
+
+def _assign(document: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        inner = document.setdefault(key, {})
+        if not isinstance(inner, dict):  # rounds: 4 in the file, inputs.rounds.generation=2 after it
+            inner = {"classification": inner, "generation": inner}
+            document[key] = inner
+        document = inner
+    document[keys[-1]] = value
+
+
+def _explain(error: ValidationError, path: str, given: set[str]) -> SelfGuideError:
+    """A pydantic error in three parts, naming the file or the command line and the nearest known key."""
+    first, *more = error.errors()
+    location = [str(part) for part in first["loc"]]
+    if location[-1] in PerFamily.model_fields:  # one value was given for both families
+        location = location[:-1] if not isinstance(first["input"], dict) else location
+    name = ".".join(location)
+    origin = (
+        "command line" if any(f"{name}.".startswith(f"{g}.") or f"{g}.".startswith(f"{name}.") for g in given) else path
+    )
+    rest = f" ({len(more)} more: see after correcting this one.)" if more else ""
+    table = {field: meaning for field, _, meaning in fields()}
+    if first["type"] == "extra_forbidden":
+        same_key = [known for known in table if known.split(".")[-1] == location[-1]]  # right key, wrong section
+        names = [*table, *{known.split(".")[0] for known in table}]
+        near = same_key or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+        instead = f"Did you mean {near[0]}?" if near else "See the table of settings in the README."
+        return SelfGuideError(
+            f"{origin}: {name} is not a setting.{rest}", "An unknown key would be ignored silently.", instead
+        )
+    meaning = f"{name}: {table[name]}" if name in table else "See the table of settings in the README."
+    return SelfGuideError(f"{origin}: {name} is {first['input']!r}.{rest}", f"{first['msg']}.", meaning)

@@ -1,0 +1,122 @@
+"""Stages over the shards that miss them, on a Ray Data actor pool: shards in, receipts out.
+
+An actor loads the student once and takes a shard through all the stages given, so generation and annotation share one
+load (statement 27). The driver sees receipts only, never rows.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+
+from selfguide_ray.config import Config
+from selfguide_ray.engine import Engine
+from selfguide_ray.failures import clear, noted
+from selfguide_ray.run import Run
+
+RESTARTS = 3  # of an actor whose process dies; by default Ray would restart it for ever
+
+
+class Stage(Protocol):
+    """Makes one table's shard out of the same shard of other tables."""
+
+    writes: str
+    reads: dict[str, tuple[str, ...] | None]  # table → columns, None for all
+    needs_engine: bool
+
+    def __call__(self, *tables: pa.Table) -> pa.Table:
+        """The rows of `writes`, given the tables of `reads` in order."""
+
+
+StageFactory = Callable[[Config, Run, Engine], Stage]
+EngineFactory = Callable[[], Engine]
+
+
+class ShardWorker:
+    """What runs in an actor: stages over one shard at a time."""
+
+    def __init__(self, config: Config, stages: Sequence[type[Stage]], make_engine: EngineFactory) -> None:
+        self.run, self.engine = Run(config.run), make_engine()
+        self.stages = [stage(config, self.run, self.engine) for stage in stages]
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
+        """A batch of shard names → receipts as JSON."""
+        return {"receipt": [json.dumps(r) for shard in batch["shard"] for r in self.work(str(shard))]}
+
+    def work(self, shard: str) -> Iterator[dict[str, Any]]:
+        """Take a shard through the stages whose file is missing; a failure ends the shard's way and no other's."""
+        for stage in self.stages:
+            if self.run.exists(f"{stage.writes}/{shard}.parquet"):
+                continue
+            receipt: dict[str, Any] = {"table": stage.writes, "shard": shard, "failed": True}
+            with noted(self.run, stage.writes, shard):
+                receipt = self._make(stage, shard)
+            yield receipt
+            if receipt.get("failed"):
+                return
+
+    def _make(self, stage: Stage, shard: str) -> dict[str, Any]:
+        started, generated, prompted = time.monotonic(), self.engine.generated, self.engine.prompted
+        rows = stage(*(self.run.read(table, shard, columns) for table, columns in stage.reads.items()))
+        kept = rows.num_rows
+        if "drop_reason" in rows.column_names:
+            kept = rows["drop_reason"].null_count
+        receipt = {
+            "table": stage.writes,
+            "shard": shard,
+            "rows": rows.num_rows,
+            "kept": kept,
+            "seconds": round(time.monotonic() - started, 3),
+            "generated_tokens": self.engine.generated - generated,
+            "prompt_tokens": self.engine.prompted - prompted,
+            "node": os.uname().nodename,
+            "engine": self.engine.fingerprint,
+        }
+        self.run.write(stage.writes, shard, rows, receipt)
+        clear(self.run, stage.writes, shard)
+        return receipt
+
+
+def map_shards(
+    config: Config, shards: Sequence[str], stages: Sequence[type[Stage]], make_engine: EngineFactory
+) -> Iterator[dict[str, Any]]:
+    """Run the stages over the shards on `cluster.engines` actors; yields a receipt for each table shard made or failed."""
+    if not shards:
+        return
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = False
+    context.execution_options.verbose_progress = False
+    if hasattr(context, "execution_no_progress_timeout_s"):
+        context.execution_no_progress_timeout_s = -1  # waiting for nodes is no failure
+    cluster, size = config.cluster, min(config.cluster.engines, len(shards))
+    dataset = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards)).map_batches(
+        ShardWorker,
+        fn_constructor_kwargs={"config": config, "stages": list(stages), "make_engine": make_engine},
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1),
+        num_cpus=cluster.cpus_per_engine,
+        num_gpus=cluster.gpus_per_engine or None,
+        max_restarts=RESTARTS,
+        max_task_retries=RESTARTS,
+        runtime_env={"env_vars": process_environment(cluster.cpus_per_engine, cluster.gpus_per_engine)},
+    )
+    for row in dataset.iter_rows():
+        yield json.loads(row["receipt"])
+
+
+def process_environment(cpus: float, gpus: float) -> dict[str, str]:
+    """Environment of a worker process: spinning OpenMP threads would cost 2-9 times the work on a busy node."""
+    environment = {
+        "OMP_NUM_THREADS": str(max(1, int(cpus))),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+    return environment if gpus else environment | {"DS_ACCELERATOR": "cpu"}

@@ -1,0 +1,35 @@
+"""The one place that catches whatever goes wrong in a unit of work, notes it, and lets the others go on."""
+
+import contextlib
+import traceback
+from collections.abc import Iterator
+
+from selfguide_ray.errors import SelfGuideError
+from selfguide_ray.run import Run
+
+
+@contextlib.contextmanager
+def noted(run: Run, table: str, unit: str) -> Iterator[None]:
+    """Run the block; an exception ends in `failures/<table>/<unit>.txt`, its first line saying what happened."""
+    try:
+        yield
+    except Exception as error:
+        first = str(error) if isinstance(error, SelfGuideError) else f"{type(error).__name__}: {error}"
+        run.put(f"failures/{table}/{unit}.txt", f"{first}\n\n{traceback.format_exc()}".encode(errors="replace"))
+
+
+def clear(run: Run, table: str, unit: str) -> None:
+    """Forget an earlier failure before the unit is tried again."""
+    path = f"failures/{table}/{unit}.txt"
+    if run.exists(path):
+        run.delete(path)
+
+
+def failures(run: Run) -> list[tuple[str, str, str]]:
+    """(table, unit, first line) of everything that failed and has not succeeded since."""
+    found = []
+    for table in run.names("failures"):
+        for name in run.names(f"failures/{table}"):
+            text = (run.get(f"failures/{table}/{name}") or b"").decode(errors="replace")
+            found.append((table, name.removesuffix(".txt"), text.split("\n", 1)[0]))
+    return found

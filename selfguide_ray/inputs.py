@@ -1,0 +1,103 @@
+"""The heart of the paper: the student invents inputs, in rounds that feed on their own survivors (spec §1.1, §1.2)."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, ClassVar
+
+import pyarrow as pa
+
+from selfguide_ray.config import Config
+from selfguide_ray.engine import Completion, Engine, Request, SamplingParams, share_prefix
+from selfguide_ray.filters import Rules, Seen, Verdict, clean, judge, length_bounds, noise_pattern
+from selfguide_ray.prompts import Prompt, Prompts
+from selfguide_ray.run import Run
+from selfguide_ray.schema import TABLES, TASK_COLUMNS, Task, row_seed, tasks_of
+
+
+class Inputs:
+    """tasks → inputs. All tasks of a shard move forward together, so the engine always sees many prompts."""
+
+    writes: ClassVar = "inputs"
+    reads: ClassVar = {"tasks": TASK_COLUMNS}
+    needs_engine: ClassVar = True
+
+    def __init__(self, config: Config, run: Run, engine: Engine) -> None:
+        self.config, self.engine = config, engine
+        limit = config.student.max_prompt_tokens
+        self.prompts = Prompts.within(engine.tokenizer, limit, engine.context, config.inputs.max_new_tokens)
+
+    def __call__(self, tasks: pa.Table) -> pa.Table:
+        """The rows of `inputs` for a shard's tasks: every text that was generated, with its verdict."""
+        pools = [Pool(task, self.config, self.prompts) for task in tasks_of(tasks)]
+        for number in range(max((pool.rounds for pool in pools), default=0)):
+            at_work = [pool for pool in pools if number < pool.rounds]
+            requests = [request for pool in at_work for request in pool.ask(number)]
+            completions = iter(self.engine.generate(requests))
+            for pool in at_work:
+                pool.keep([next(completions)[0] for _ in pool.pending])
+        return pa.Table.from_pylist([row for pool in pools for row in pool.rows], schema=TABLES["inputs"])
+
+
+class Pool:
+    """One task's inputs: asks for a round of new ones, judges them, keeps the survivors."""
+
+    def __init__(self, task: Task, config: Config, prompts: Prompts) -> None:
+        settings = config.inputs
+        self.task, self.settings, self.prompts, self.seed = task, settings, prompts, config.seed
+        self.rounds = settings.rounds.of(task.labels)
+        self.gold = [example.input for example in task.examples]
+        self.params = SamplingParams(
+            temperature=settings.temperature.of(task.labels),
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            max_new_tokens=settings.max_new_tokens,
+            stops=prompts.item_stops,
+        )
+        bounds = length_bounds([clean(text) for text in self.gold], settings.length_sigmas, settings.length_slack)
+        words = (*settings.noise_words, *task.noise_words)
+        self.rules = Rules(bounds if settings.length_filter else None, noise_pattern(words, self.gold))
+        self.seen = Seen((f"example{i}", text) for i, text in enumerate(self.gold))
+        self.accepted: list[str] = []
+        self.rows: list[dict[str, Any]] = []
+        self.pending: list[dict[str, Any]] = []
+
+    def ask(self, number: int) -> list[Request]:
+        """The round's requests; all see the pool as it was before the round (statement 5)."""
+        self.pending, drawn = [], []
+        for index in range(self.settings.prompts_per_round):
+            row = {"task": self.task.name, "id": f"r{number:03d}i{index:03d}", "round": number, "label": None}
+            rng = random.Random(row_seed(self.seed, self.task.name, "prompt", number, index))
+            row["label"] = rng.choice(self.task.labels) if self.task.labels else None
+            prompt = self._draw(rng, row["label"])
+            if prompt.too_long:
+                bound = f"{self.prompts.max_tokens} tokens"
+                self._record(row, "", "", Verdict("too_long", float(len(prompt.ids)), bound))
+            else:
+                self.pending.append(row)
+                drawn.append(prompt.ids)
+        return [
+            Request(prefix, suffix, self.params, row_seed(self.seed, self.task.name, "input", row["id"]))
+            for row, (prefix, suffix) in zip(self.pending, share_prefix(drawn), strict=True)
+        ]
+
+    def _draw(self, rng: random.Random, label: str | None) -> Prompt:
+        """A prompt with the examples' inputs in random order and 1 to max_earlier random survivors (statements 2-4)."""
+        gold = rng.sample(self.gold, len(self.gold))
+        most = min(len(self.accepted), self.settings.max_earlier)
+        earlier = rng.sample(self.accepted, rng.randint(1, most)) if most else []
+        return self.prompts.writing(self.task, gold, earlier, label)
+
+    def keep(self, completions: Sequence[Completion]) -> None:
+        """Judge the round's texts in order; survivors join the pool."""
+        for row, completion in zip(self.pending, completions, strict=True):
+            text = clean(completion.text)
+            verdict = judge(text, self.rules) or self.seen.judge(text)
+            self._record(row, text, completion.finish_reason, verdict)
+            if verdict is None:
+                self.seen.add(row["id"], text)
+                self.accepted.append(text)
+
+    def _record(self, row: dict[str, Any], text: str, finish_reason: str, verdict: Verdict | None) -> None:
+        found = asdict(verdict) if verdict else {}
+        self.rows.append({**row, "input": text, "finish_reason": finish_reason, **found})

@@ -1,0 +1,98 @@
+"""Every system answers the held-out instances of every task; nothing is left out (statement 24)."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pyarrow as pa
+
+from selfguide_ray.config import Config
+from selfguide_ray.engine import Engine, Request, SamplingParams, share_prefix
+from selfguide_ray.prompts import Prompt, Prompts
+from selfguide_ray.run import Run
+from selfguide_ray.schema import TABLES, Instance, Task, tasks_of
+
+WITHOUT_MODEL = {
+    "copy": lambda task, instance: instance.input,
+    # The constant that the task's held-out references favour most: an oracle floor that no constant answer beats.
+    "majority": lambda task, instance: majority(task),
+}
+EXAMPLES: dict[str, Callable[[Task], int]] = {
+    "zero_shot": lambda task: 0,
+    "few_shot": lambda task: len(task.examples),
+    "selfguide": lambda task: len(task.examples),  # the paper's tuned model keeps its demonstrations (spec §2)
+}
+SYSTEMS = (*WITHOUT_MODEL, *EXAMPLES)
+
+
+def majority(task: Task) -> str:
+    """The commonest first reference of the task's instances; the first met wins a tie."""
+    return Counter(instance.references[0] for instance in task.instances).most_common(1)[0][0]
+
+
+class Predictions:
+    """tasks, models → predictions. Prompted systems decode greedily from the annotator's own prompt."""
+
+    writes: ClassVar = "predictions"
+    reads: ClassVar = {"tasks": None}
+    needs_engine: ClassVar = True
+
+    def __init__(self, config: Config, run: Run, engine: Engine) -> None:
+        self.config, self.run, self.engine = config, run, engine
+        limit, new_tokens = config.student.max_prompt_tokens, config.outputs.max_new_tokens
+        self.prompts = Prompts.within(engine.tokenizer, limit, engine.context, new_tokens)
+        self.params = SamplingParams(max_new_tokens=new_tokens, stops=self.prompts.answer_stops)
+
+    def __call__(self, tasks: pa.Table) -> pa.Table:
+        """The rows of `predictions` for a shard."""
+        rows: list[dict[str, Any]] = []
+        asked: list[dict[str, Any]] = []
+        requests: list[Request] = []
+        with contextlib.ExitStack() as stack:
+            for task in tasks_of(tasks):
+                adapter = self._adapter(task, stack) if "selfguide" in self.config.predictions.systems else None
+                for system in self.config.predictions.systems:
+                    mine = [_row(task, instance, system) for instance in task.instances]
+                    rows += mine
+                    if system in EXAMPLES:
+                        answered, wanted = self._ask(task, mine, system, adapter if system == "selfguide" else None)
+                        asked += answered
+                        requests += wanted
+                    else:
+                        for row, instance in zip(mine, task.instances, strict=True):
+                            row.update(prediction=WITHOUT_MODEL[system](task, instance), finish_reason="stop")
+            for row, (completion,) in zip(asked, self.engine.generate(requests), strict=True):
+                row.update(prediction=completion.text.strip(), finish_reason=completion.finish_reason)
+        return pa.Table.from_pylist(rows, schema=TABLES["predictions"])
+
+    def _ask(
+        self, task: Task, rows: list[dict[str, Any]], system: str, adapter: str | None
+    ) -> tuple[list[dict[str, Any]], list[Request]]:
+        """The rows that an engine answers and their requests; a prompt without room is answered by nothing, which is wrong."""
+        shown = task.examples[: EXAMPLES[system](task)]
+        prompts: list[Prompt] = [self.prompts.answering(task, row["input"], shown) for row in rows]
+        for row in rows:
+            row.update(prediction="", finish_reason="too_long")
+        asked = [(row, prompt.ids) for row, prompt in zip(rows, prompts, strict=True) if not prompt.too_long]
+        split = share_prefix([ids for _, ids in asked])
+        return [row for row, _ in asked], [Request(a, b, self.params, adapter=adapter) for a, b in split]
+
+    def _adapter(self, task: Task, stack: contextlib.ExitStack) -> str | None:
+        """The tuned model's folder. A task that had nothing to learn from keeps the student as it is."""
+        told = self.run.get_json(f"models/{task.name}/model.json")
+        if told is None:
+            raise FileNotFoundError(f"models/{task.name}/model.json: the task has not been trained")
+        if not told["trained"]:
+            return None
+        return str(stack.enter_context(self.run.local_copy(f"models/{task.name}")))
+
+
+def _row(task: Task, instance: Instance, system: str) -> dict[str, Any]:
+    return {
+        "task": task.name,
+        "id": instance.id,
+        "system": system,
+        "input": instance.input,
+        "references": list(instance.references),
+    }

@@ -1,0 +1,58 @@
+"""What a run says while it works: bars with rates and time left in a terminal, one JSON line an event elsewhere."""
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(stderr=False)
+
+
+def event(name: str, **fields: Any) -> None:
+    """One JSON line on standard output where that is no terminal: a submitted job is read by machines and by log."""
+    if not console.is_terminal:
+        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": name, **fields}
+        sys.stdout.write(json.dumps(line, ensure_ascii=False) + "\n")
+        sys.stdout.flush()
+
+
+def say(text: str) -> None:
+    """A line for people, in a terminal only."""
+    if console.is_terminal:
+        console.print(text, highlight=False)
+
+
+def follow(
+    receipts: Iterable[dict[str, Any]], totals: dict[str, int], done: dict[str, int]
+) -> Iterator[dict[str, Any]]:
+    """Pass receipts on and show them: a bar for each table of `totals`, `done` of which were there before."""
+    columns = (
+        TextColumn("{task.description:<12}"),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]:<34}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+    )
+    started = time.monotonic()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        places = {
+            table: bars.add_task(table, total=n, completed=done.get(table, 0), rate="") for table, n in totals.items()
+        }
+        rows: dict[str, int] = dict.fromkeys(totals, 0)
+        tokens: dict[str, int] = dict.fromkeys(totals, 0)
+        for receipt in receipts:
+            table = receipt["table"]
+            event("failed" if receipt.get("failed") else "done", **{k: v for k, v in receipt.items() if k != "failed"})
+            rows[table] += receipt.get("rows", 0)
+            tokens[table] += receipt.get("generated_tokens", 0)
+            seconds = max(1e-9, time.monotonic() - started)
+            rate = f"{rows[table] / seconds:,.1f} rows/s"
+            rate += f", {tokens[table] / seconds:,.0f} tokens/s" if tokens[table] else ""
+            bars.update(places[table], advance=0 if receipt.get("failed") else 1, rate=rate)
+            yield receipt

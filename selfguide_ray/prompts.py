@@ -1,0 +1,137 @@
+"""The two prompts of SELF-GUIDE, in our own words, and the one renderer of all stages (spec §1.7).
+
+Annotation, training and every prompted system get the text of `Prompts.answering`, byte for byte (statement 18): it
+ends in the bare assistant header, without trailing white space. The text is the whole truth, special tokens included,
+so BOS is decided here and nowhere else: engines and the trainer get `encode(text)` and add nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from selfguide_ray.schema import Example, Task
+
+PREAMBLE = "You carry out one fixed text task. Answer each item with the bare result and nothing else."
+ACKNOWLEDGEMENT = "Understood."
+ITEM = "ITEM: "
+
+
+class Tokenizer(Protocol):
+    """What rendering needs of a tokenizer."""
+
+    bos: str  # what the model expects at the start of plain text; "" for most
+    eos: str
+    special_tokens: tuple[str, ...]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids; special tokens written in the text become their ids, none is added."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids, special tokens left out."""
+
+    def chat(self, messages: list[dict[str, str]]) -> str | None:
+        """The messages in the model's own chat format up to the assistant's header; None if it has no such format."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A rendered prompt. `examples` says how many demonstrations found room; ids over the limit mean `too_long`."""
+
+    text: str
+    ids: tuple[int, ...]
+    examples: int
+    too_long: bool
+
+
+class Prompts:
+    """Renders prompts for one student.
+
+    max_tokens bounds a prompt (the reference's 3,000, spec §1.1). A prompt over it loses earlier items, then
+    demonstrations from the last on, and is `too_long` if that does not help (decision on bug B11).
+    """
+
+    def __init__(self, tokenizer: Tokenizer, max_tokens: int) -> None:
+        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+        self.has_chat = tokenizer.chat([{"role": "user", "content": "x"}]) is not None
+        # Where a student has no end of turn of its own, its next turn is cut off (decision on bug B24).
+        self.answer_stops = () if self.has_chat else ("\nUSER:", "\nASSISTANT:")
+        self.item_stops = () if self.has_chat else ("\nITEM:", "\n###", *self.answer_stops)
+
+    @classmethod
+    def within(cls, tokenizer: Tokenizer, limit: int, context: int, new_tokens: int) -> "Prompts":
+        """A renderer whose prompts leave room in the context for the new tokens, or at least for a quarter of it."""
+        return cls(tokenizer, min(limit, context - min(new_tokens, context // 4)))
+
+    def answering(self, task: Task, text: str, examples: Sequence[Example] | None = None) -> Prompt:
+        """P2: the instruction, a turn for each demonstration (all of the task's unless given), and the new input."""
+        shown = list(task.examples if examples is None else examples)
+        while True:
+            prompt = self._prompt(answering_messages(task.instruction, shown, text), len(shown))
+            if not prompt.too_long or not shown:
+                return prompt
+            shown.pop()
+
+    def writing(self, task: Task, gold: Sequence[str], earlier: Sequence[str], label: str | None) -> Prompt:
+        """P1: ask for one new input, given people's inputs, earlier generated ones and for a classification task a label."""
+        gold, earlier = list(gold), list(earlier)
+        while True:
+            content = writing_request(task.instruction, gold, earlier, label)
+            prompt = self._prompt([{"role": "user", "content": content}], len(gold))
+            if not prompt.too_long or len(gold) <= 1:
+                return prompt
+            (earlier or gold).pop()
+
+    def completion(self, output: str) -> str:
+        """What training teaches after the prompt: the answer and the end of the turn."""
+        lead = "" if self.has_chat else " "
+        return lead + self._escaped(output.strip()) + self.tokenizer.eos
+
+    def _prompt(self, messages: list[dict[str, str]], examples: int) -> Prompt:
+        messages = [{"role": m["role"], "content": self._escaped(m["content"])} for m in messages]
+        text = self.tokenizer.chat(messages)
+        if text is None:
+            text = self.tokenizer.bos + plain(messages)
+        ids = tuple(self.tokenizer.encode(text))
+        return Prompt(text, ids, examples, len(ids) > self.max_tokens)
+
+    def _escaped(self, text: str) -> str:
+        """Data cannot speak in the format's voice: a special token inside it is broken up by a space."""
+        for token in self.tokenizer.special_tokens:
+            if token in text:
+                text = text.replace(token, f"{token[0]} {token[1:]}")
+        return text
+
+
+def answering_messages(instruction: str, examples: Sequence[Example], text: str) -> list[dict[str, str]]:
+    """P2 as chat messages. The preamble is part of the first user turn: not every chat format knows a system role."""
+    turns = [f"{PREAMBLE}\nTask: {instruction}", ACKNOWLEDGEMENT]
+    for example in examples:
+        turns += [ITEM + example.input.strip(), example.output.strip()]
+    turns.append(ITEM + text.strip())
+    return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+
+
+def writing_request(instruction: str, gold: Sequence[str], earlier: Sequence[str], label: str | None) -> str:
+    """P1 as text (spec §1.7): outputs are never shown, the wanted label stands twice, the item's key is the last line."""
+
+    def items(texts: Sequence[str]) -> str:
+        return "\n\n".join(ITEM + text.strip() for text in texts) or "none"
+
+    wanted = f"\nThe only right answer to it must be: {label}" if label is not None else ""
+    reminder = f" Its answer must be: {label}" if label is not None else ""
+    return (
+        "Invent one more test item for the text task described here.\n\n"
+        f"### Task\n{instruction}\n\n"
+        f"### Items written by people (keep to their layout, reuse none of their content)\n{items(gold)}\n\n"
+        f"### Items proposed by a model (may be flawed, shown so that you do not repeat them)\n{items(earlier)}\n\n"
+        "### Wanted\nOne new item that the task can be applied to, varied and detailed, different from every item above."
+        f"{wanted}\nWrite the item alone: no answer, no greeting, no explanation.{reminder}\n{ITEM.strip()}"
+    )
+
+
+def plain(messages: Sequence[dict[str, str]]) -> str:
+    """The format for students without a chat format. A lone request is left as text to be continued."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    speaker = {"user": "USER", "assistant": "ASSISTANT"}
+    return "\n".join(f"{speaker[m['role']]}: {m['content']}" for m in messages) + "\nASSISTANT:"

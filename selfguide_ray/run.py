@@ -1,0 +1,252 @@
+"""A run on disk or object store: seven folders of shards, and what is missing in them.
+
+A file is whole or absent, and the files are the only state (design, invariants 2, 4, 6): what is left to do is the
+difference of two listings, so running the same command again is the resume. A shard's receipt (seconds, tokens, node)
+lies in the metadata of its Parquet file, where it cannot disagree with the data.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from selfguide_ray.config import Config
+from selfguide_ray.errors import SelfGuideError
+from selfguide_ray.schema import TABLES
+
+RECEIPT = b"selfguide_receipt"
+TEMPORARY = ".tmp-"  # readers of Parquet folders pass over names with a leading dot
+SETTINGS = "_settings.json"  # and over those with a leading underscore
+
+# What each folder is made from; its settings are its own section, the student where that speaks, and those below it.
+READS: dict[str, tuple[str, ...]] = {
+    "tasks": (),
+    "inputs": ("tasks",),
+    "outputs": ("inputs",),
+    "trainset": ("outputs",),
+    "models": ("trainset",),
+    "predictions": ("models",),
+    "scores": ("predictions",),
+}
+SPEAKS = ("inputs", "outputs", "trainset", "models", "predictions")  # tables that depend on the student
+RESULT_FREE = {"student": {"batch_rows"}, "tasks": {"strict"}}  # settings that change no row
+
+
+class Run:
+    """One run's folder, local or remote, through `pyarrow.fs`."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        if "://" in uri:
+            self.fs, root = pafs.FileSystem.from_uri(uri)
+        else:
+            self.fs, root = pafs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+        self.root = root.rstrip("/")
+        self.local = isinstance(self.fs, pafs.LocalFileSystem)
+
+    # --- tables ---------------------------------------------------------------------------------------------------
+
+    def shards(self, table: str) -> list[str]:
+        """Names of the shards of a table that are there, in order."""
+        return sorted(name.removesuffix(".parquet") for name in self.names(table) if name.endswith(".parquet"))
+
+    def missing(self, table: str) -> list[str]:
+        """Shards of the plan that a table lacks."""
+        done = set(self.shards(table))
+        return [shard for shard in self.shards("tasks") if shard not in done]
+
+    def read(self, table: str, shard: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """A shard's rows."""
+        with self.fs.open_input_file(self._path(table, f"{shard}.parquet")) as file:
+            return pq.read_table(file, columns=list(columns) if columns is not None else None)
+
+    def read_all(self, table: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """All rows of a table, shards in order."""
+        parts = [self.read(table, shard, columns) for shard in self.shards(table)]
+        schema = TABLES[table]
+        empty = schema.empty_table().select(list(columns)) if columns is not None else schema.empty_table()
+        return pa.concat_tables([empty, *(part.replace_schema_metadata() for part in parts)])
+
+    def write(self, table: str, shard: str, rows: pa.Table, receipt: dict[str, Any]) -> bool:
+        """Publish a shard; False, and nothing is touched, if it is already there.
+
+        Raises pa.ArrowInvalid or ValueError if the rows do not fit the table's schema.
+        """
+        schema = TABLES[table].with_metadata({RECEIPT: json.dumps(receipt).encode()})
+        buffer = pa.BufferOutputStream()
+        pq.write_table(rows.cast(schema), buffer, compression="zstd")
+        return self.put(f"{table}/{shard}.parquet", buffer.getvalue(), replace=False)
+
+    def receipt(self, table: str, shard: str) -> dict[str, Any]:
+        """What it took to make a shard."""
+        with self.fs.open_input_file(self._path(table, f"{shard}.parquet")) as file:
+            return json.loads((pq.read_schema(file).metadata or {}).get(RECEIPT, b"{}"))
+
+    # --- models: the one table whose unit is the task --------------------------------------------------------------
+
+    def trained(self) -> list[str]:
+        """Tasks whose `model.json` is published."""
+        return sorted(name for name in self.names("models") if self.exists(f"models/{name}/model.json"))
+
+    @contextlib.contextmanager
+    def staging(self, relative: str, last: str) -> Iterator[Path]:
+        """A local folder that becomes `relative` as a whole when the block ends well; `last` is the file that counts."""
+        parent = Path(self._path(relative)).parent if self.local else Path(tempfile.gettempdir())
+        parent.mkdir(parents=True, exist_ok=True)
+        folder = parent / f"{TEMPORARY}{Path(relative).name}-{uuid.uuid4().hex[:8]}"
+        folder.mkdir()
+        try:
+            yield folder
+            if self.local:
+                target = Path(self._path(relative))
+                if not (target / last).exists():
+                    shutil.rmtree(target, ignore_errors=True)
+                    os.replace(folder, target)
+            else:
+                for file in sorted(folder.iterdir(), key=lambda path: path.name == last):
+                    with (
+                        file.open("rb") as source,
+                        self.fs.open_output_stream(f"{self._path(relative)}/{file.name}") as sink,
+                    ):
+                        shutil.copyfileobj(source, sink, 1 << 22)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def local_copy(self, relative: str) -> Iterator[Path]:
+        """The files of a folder as a local path; a remote folder is fetched for as long as the block lasts."""
+        if self.local:
+            yield Path(self._path(relative))
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            pafs.copy_files(
+                self._path(relative), folder, source_filesystem=self.fs, destination_filesystem=pafs.LocalFileSystem()
+            )
+            yield Path(folder)
+
+    # --- small files ------------------------------------------------------------------------------------------------
+
+    def put(self, relative: str, data: bytes, replace: bool = True) -> bool:
+        """Publish a file whole: a temporary name and a rename, or one PUT. False if it is there and may not be replaced."""
+        if not replace and self.exists(relative):
+            return False
+        path = self._path(relative)
+        if not self.local:
+            with self.fs.open_output_stream(path) as sink:
+                sink.write(data)
+            return True
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f"{TEMPORARY}{target.name}-{uuid.uuid4().hex[:8]}")
+        try:
+            with temporary.open("wb") as sink:
+                sink.write(data)
+                sink.flush()
+                os.fsync(sink.fileno())
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return True
+
+    def get(self, relative: str) -> bytes | None:
+        """A file's bytes, None if it is absent."""
+        if not self.exists(relative):
+            return None
+        with self.fs.open_input_file(self._path(relative)) as file:
+            return file.read()
+
+    def get_json(self, relative: str) -> Any:
+        """A JSON file's content, None if it is absent."""
+        data = self.get(relative)
+        return None if data is None else json.loads(data)
+
+    def exists(self, relative: str = "") -> bool:
+        """Whether a file or folder is there."""
+        return self.fs.get_file_info(self._path(relative)).type != pafs.FileType.NotFound
+
+    def names(self, relative: str) -> list[str]:
+        """Names in a folder, hidden ones left out; none if it is absent."""
+        infos = self.fs.get_file_info(pafs.FileSelector(self._path(relative), allow_not_found=True))
+        return sorted(info.base_name for info in infos if not info.base_name.startswith((".", "_")))
+
+    def delete(self, relative: str) -> None:
+        """Remove one file."""
+        self.fs.delete_file(self._path(relative))
+
+    def sweep(self) -> None:
+        """Remove what a killed process left half-written. Only temporary names are touched."""
+        if self.local:
+            for path in Path(self.root).glob(f"**/{TEMPORARY}*"):
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def _path(self, *parts: str) -> str:
+        return "/".join((self.root, *(part for part in parts if part)))
+
+    # --- settings ---------------------------------------------------------------------------------------------------
+
+    def check(self, config: Config, student: dict[str, Any]) -> dict[str, Any]:
+        """Each folder's settings under this config; `student` is what identifies the model.
+
+        Raises SelfGuideError if a folder was made by other settings. Nothing is written.
+        """
+        wanted = {table: made_by(table, config, student) for table in READS}
+        for table, settings in wanted.items():
+            found = self.get_json(f"{table}/{SETTINGS}")
+            if found is not None and found != settings:
+                self._refuse(table, found, settings)
+        return wanted
+
+    def claim(self, config: Config, student: dict[str, Any]) -> None:
+        """Check all folders, and only then note in each what makes it (design, invariant 6)."""
+        for table, settings in self.check(config, student).items():
+            if not self.exists(f"{table}/{SETTINGS}"):
+                self.put(f"{table}/{SETTINGS}", json.dumps(settings, indent=1).encode() + b"\n")
+
+    def _refuse(self, table: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+        old, new = _flat(found), _flat(wanted)
+        changes = [
+            f"{k}: {old.get(k)!r} there, {new.get(k)!r} now"
+            for k in sorted(old.keys() | new.keys())
+            if old.get(k) != new.get(k)
+        ]
+        later = [name for name in READS if list(READS).index(name) >= list(READS).index(table)]
+        raise SelfGuideError(
+            f"{self.uri}/{table} was made by other settings: {'; '.join(changes)}.",
+            "Rows of two settings in one table could not be told apart.",
+            f"Restore the setting, choose another run=DIR, or delete {', '.join(later)} in {self.uri} to make them again.",
+        )
+
+
+def made_by(table: str, config: Config, student: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a folder's rows depend on: its section, the seed, the student, and a digest of what it reads."""
+    below = {name: digest(made_by(name, config, student)) for name in READS[table]}
+    section = config.model_dump(mode="json")[table]
+    settings = {k: v for k, v in section.items() if k not in RESULT_FREE.get(table, ())}
+    speaker = config.student.model_dump(mode="json", exclude=RESULT_FREE["student"] | {"model"}) | student
+    return {
+        table: settings,
+        "seed": config.seed,
+        **({"student": speaker} if table in SPEAKS else {}),
+        **({"reads": below} if below else {}),
+    }
+
+
+def digest(value: Any) -> str:
+    """A short fingerprint of anything JSON can hold."""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}.{key}" if prefix else key).items()}

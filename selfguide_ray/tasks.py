@@ -1,0 +1,212 @@
+"""The plan of a run: which tasks, in which shards, and which of their instances are held out."""
+
+import difflib
+import fnmatch
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from selfguide_ray.config import Config
+from selfguide_ray.embedded import resolve
+from selfguide_ray.errors import SelfGuideError
+from selfguide_ray.run import Run
+from selfguide_ray.schema import Task, row_seed, task_rows
+from selfguide_ray.task_files import read_task, task_files
+
+PLAN = "tasks/_plan.json"  # written last: the plan is complete
+MIN_EXAMPLES = 2
+
+# Yes, no, or (None) not to be known before the file is read.
+Atom = Callable[[str, Task | None], bool | None]
+
+
+@dataclass
+class Refusal:
+    """A task file that was left out, and why."""
+
+    file: str
+    what: str
+    why: str
+    instead: str
+
+
+def plan(run: Run, config: Config, student: dict[str, Any]) -> dict[str, Any]:
+    """Write `tasks/`, unless it is complete; returns {shards, tasks, refused: [Refusal as a mapping], splits}.
+
+    Raises SelfGuideError before anything is written if the folder was made by other settings, no task is left, or under
+    tasks.strict any file is broken.
+    """
+    done = run.get_json(PLAN)
+    if done is not None:
+        run.claim(config, student)
+        return done
+    run.check(config, student)
+    refusals: list[Refusal] = []
+    if config.tasks.strict:
+        for _ in shards(config, refusals):
+            pass  # every file is read once before the first shard is written
+        refusals.clear()
+    several = shards(config, refusals)
+    first = next(several, None)
+    if first is None:
+        _refuse_empty(config, refusals)
+    run.claim(config, student)
+    tasks = count = 0
+    for count, shard in enumerate(chain([first], several), start=1):
+        run.write("tasks", f"{count - 1:05d}", task_rows(shard), {"kept": len(shard)})
+        tasks += len(shard)
+    splits = find_splits(config)
+    done = {"shards": count, "tasks": tasks, "refused": [vars(r) for r in refusals], "splits": splits and str(splits)}
+    run.put(PLAN, json.dumps(done, indent=1).encode() + b"\n")
+    return done
+
+
+def shards(config: Config, refusals: list[Refusal]) -> Iterator[list[Task]]:
+    """The selected tasks in groups of `per_shard`; files that cannot be used go to `refusals`, or raise if strict."""
+    buffer: list[Task] = []
+    for task in selected(config, refusals):
+        buffer.append(task)
+        if len(buffer) == config.tasks.per_shard:
+            yield buffer
+            buffer = []
+    if buffer:
+        yield buffer
+
+
+def selected(config: Config, refusals: list[Refusal]) -> Iterator[Task]:
+    """Each selected task with its held-out instances, in the order of the source."""
+    splits = find_splits(config)
+    wanted = Selection(config.tasks.select, splits)
+    official = {name for track in ("default", "xlingual") if splits for name in split_names(splits, f"{track}/test")}
+    seen: set[str] = set()
+    for file in task_files(resolve(config.tasks.source)):
+        if wanted(file.name, None) is False:
+            continue
+        try:
+            task = read_task(file)
+            if wanted(task.name, task):
+                _check(task, file.origin, seen)
+                seen.add(task.name)
+                yield held_out(task, task.name in official, config.tasks.instances, config.seed)
+        except SelfGuideError as error:
+            if config.tasks.strict:
+                raise
+            refusals.append(Refusal(file.origin, error.what, error.why, error.instead))
+
+
+def _check(task: Task, origin: str, seen: set[str]) -> None:
+    if task.name in seen:
+        raise SelfGuideError(
+            f"{origin}: a second task named {task.name}.",
+            "A name is one folder of the run.",
+            "Rename one of the files.",
+        )
+    if len(task.examples) < MIN_EXAMPLES:
+        raise SelfGuideError(
+            f"{origin}: {task.name} has {len(task.examples) or 'no'} example{'s' * (len(task.examples) != 1)}.",
+            f"SELF-GUIDE starts from demonstrations, {MIN_EXAMPLES} at least.",
+            f"Add examples, or leave the task out with tasks.select=all,!{task.name}.",
+        )
+
+
+def held_out(task: Task, official: bool, limit: int, seed: int) -> Task:
+    """The task with at most `limit` instances: the first ones of an official test task, in order, else a seeded sample.
+
+    Upstream put the test instances first; other files are often sorted by class, so their beginning would be one class.
+    """
+    instances = task.instances[:limit]
+    if not official and len(task.instances) > limit:
+        rng = random.Random(row_seed(seed, task.name, "instances"))
+        instances = tuple(task.instances[i] for i in sorted(rng.sample(range(len(task.instances)), limit)))
+    return replace(task, instances=instances)
+
+
+def find_splits(config: Config) -> Path | None:
+    """The directory of split lists: the one set, or `splits` beside the source or one level above it."""
+    if config.tasks.splits is not None:
+        path = resolve(config.tasks.splits)
+        if not path.is_dir():
+            raise SelfGuideError(
+                f"tasks.splits: {path} is not a directory.",
+                "Split lists lie in default/ and xlingual/ inside it.",
+                "Give the directory `splits` of a Natural Instructions checkout.",
+            )
+        return path
+    source = resolve(config.tasks.source).absolute()
+    return next((p / "splits" for p in (source.parent, source.parent.parent) if (p / "splits").is_dir()), None)
+
+
+def split_names(splits: Path, split: str) -> set[str]:
+    """Task names of a split such as default/test; empty if the track has no such list."""
+    path = splits / f"{split}_tasks.txt"
+    return set(path.read_text(encoding="utf-8").split()) if path.is_file() else set()
+
+
+class Selection:
+    """tasks.select as a predicate: terms joined by commas, `a&b` for both, `!a` to take away what the others gave."""
+
+    def __init__(self, text: str, splits: Path | None) -> None:
+        terms = [term.strip() for term in text.split(",") if term.strip()]
+        self.given = [self._term(term, splits) for term in terms if not term.startswith("!")]
+        self.taken = [self._term(term[1:], splits) for term in terms if term.startswith("!")]
+
+    def __call__(self, name: str, task: Task | None) -> bool | None:
+        """Whether a task is selected; None while that depends on what its file says."""
+        given = _any([term(name, task) for term in self.given]) if self.given else True
+        taken = _any([term(name, task) for term in self.taken])
+        return _all([given, None if taken is None else not taken])
+
+    def _term(self, term: str, splits: Path | None) -> Atom:
+        atoms = [_atom(part.strip(), splits) for part in term.split("&")]
+        return lambda name, task: _all([atom(name, task) for atom in atoms])
+
+
+def _atom(text: str, splits: Path | None) -> Atom:
+    if text == "all":
+        return lambda name, task: True
+    kind, colon, value = text.partition(":")
+    if colon and kind == "category":
+        return lambda name, task: None if task is None else task.category.casefold() == value.casefold()
+    if colon and kind == "language":
+        return lambda name, task: None if task is None else value.casefold() in map(str.casefold, task.languages)
+    if "/" in text:
+        if splits is None:
+            raise SelfGuideError(
+                f"tasks.select: {text} is a split, and no split lists were found.",
+                "They are looked for in a folder `splits` beside tasks.source.",
+                "Set tasks.splits=DIR.",
+            )
+        names = split_names(splits, text)
+        if not names:
+            known = sorted(str(p.relative_to(splits)).removesuffix("_tasks.txt") for p in splits.glob("*/*_tasks.txt"))
+            raise SelfGuideError(
+                f"tasks.select: there is no split {text}.", f"{splits} has {', '.join(known)}.", "Choose one of these."
+            )
+        return lambda name, task: name in names
+    return lambda name, task: fnmatch.fnmatchcase(name, text)
+
+
+def _any(values: list[bool | None]) -> bool | None:
+    return True if True in values else None if None in values else False
+
+
+def _all(values: list[bool | None]) -> bool | None:
+    return False if False in values else None if None in values else True
+
+
+def _refuse_empty(config: Config, refusals: list[Refusal]) -> None:
+    if refusals:
+        first = refusals[0]
+        others = f" ({len(refusals) - 1} more files are broken.)" if len(refusals) > 1 else ""
+        raise SelfGuideError(first.what + others, first.why, first.instead)
+    names = [file.name for file in task_files(resolve(config.tasks.source))]
+    near = difflib.get_close_matches(config.tasks.select, names, n=1, cutoff=0.4) or names[:1]
+    raise SelfGuideError(
+        f"tasks.select: {config.tasks.select} selects none of the {len(names)} tasks in {config.tasks.source}.",
+        "A run needs at least one task.",
+        f"Use names as in {near[0]}, or all." if near else "Give a directory that holds task files.",
+    )
