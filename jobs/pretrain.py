@@ -1,6 +1,6 @@
-"""Train the embedded student from scratch.
+"""The embedded student, trained from scratch on Natural Instructions' default train split.
 
-python jobs/pretrain.py NATURAL_INSTRUCTIONS_DIR OUTPUT_DIR [minutes]
+ray job submit --working-dir . -- python jobs/pretrain.py NATURAL_INSTRUCTIONS OUTPUT [minutes]
 """
 
 import logging
@@ -11,5 +11,6 @@ from selfguide_ray.pretraining import Recipe, pretrain
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    source, output, minutes = Path(sys.argv[1]), Path(sys.argv[2]), float((*sys.argv, 30)[3])
-    print(pretrain(source / "tasks.tar.xz", source / "splits", output, Recipe(minutes=minutes)))
+    source, output, minutes = (*sys.argv[1:4], "30")[:3]
+    recipe = Recipe(minutes=float(minutes))
+    print(pretrain(Path(source) / "tasks.tar.xz", Path(source) / "splits", Path(output), recipe))

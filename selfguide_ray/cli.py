@@ -1,0 +1,91 @@
+"""The command line: `selfguide run CONFIG key=value …`, `selfguide status RUN`, `selfguide report RUN`."""
+
+import json
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from selfguide_ray import __version__
+from selfguide_ray.config import load
+from selfguide_ray.method import SELFGUIDE, guarded, perform
+from selfguide_ray.progress import out
+from selfguide_ray.report import headline
+from selfguide_ray.run import Run
+from selfguide_ray.status import progress_of
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """SELF-GUIDE on Ray: a language model writes its own training data for your tasks, and learns from it."""
+
+
+@app.command()
+def run(
+    config: Annotated[str, typer.Argument(help="A YAML file, such as configs/quickstart.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Settings over those of the file.")
+    ] = None,
+) -> None:
+    """Run the whole method, from task files to the report; the same command again continues it.
+
+    Exit code 0: all done. 1: something was left behind, and is listed. 2: bad input, nothing was done.
+
+    Example: selfguide run configs/quickstart.yaml run=runs/first tasks.select='example00[1-4]*' inputs.rounds=4
+    """
+    raise typer.Exit(guarded(lambda: perform(load(config, overrides or ()), SELFGUIDE)))
+
+
+@app.command()
+def status(
+    folder: Annotated[str, typer.Argument(metavar="RUN", help="The run's folder or URI.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
+) -> None:
+    """Show how far a run is: shards, rows, what was kept, time and tokens of each table, and what failed."""
+
+    def show() -> int:
+        told = progress_of(Run(folder))
+        if as_json:
+            typer.echo(json.dumps(told))
+            return 0
+        table = Table(
+            "table", "done", "rows", "kept", "seconds", "generated tokens", title=folder, title_justify="left"
+        )
+        for name, figures in told["tables"].items():
+            of = f"{figures['done']}/{figures['of']}"
+            counts = (figures[key] for key in ("rows", "kept", "seconds", "generated_tokens"))
+            table.add_row(name, of, *(f"{count:,.0f}" if count else "" for count in counts))
+        out.print(table)
+        for what in told["left_behind"]:
+            out.print(f"left behind: {what}", markup=False, style="red")
+        return 0
+
+    raise typer.Exit(guarded(show))
+
+
+@app.command()
+def report(folder: Annotated[str, typer.Argument(metavar="RUN", help="The run's folder or URI.")]) -> None:
+    """Print systems x tasks of a run; the whole report is RUN/report.html."""
+
+    def show() -> int:
+        progress_of(Run(folder))
+        out.print(headline(Run(folder)))
+        return 0
+
+    raise typer.Exit(guarded(show))
+
+
+if __name__ == "__main__":
+    app()

@@ -29,6 +29,18 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_families(cls, value: Any) -> Any:
+        """A setting given for one family keeps its default for the other; a section left empty has all its defaults."""
+        if not isinstance(value, dict):
+            return {} if value is None else value
+        completed = dict(value)
+        for name, field in cls.model_fields.items():
+            if isinstance(field.default, dict) and isinstance(value.get(name), dict):
+                completed[name] = {**field.default, **value[name]}
+        return completed
+
 
 class PerFamily(Section, Generic[T]):
     """A setting that differs between classification and generation tasks; one value stands for both."""
@@ -48,7 +60,7 @@ class PerFamily(Section, Generic[T]):
 
 def per_family(classification: Any, generation: Any) -> Any:
     """The default of a PerFamily field."""
-    return Field(default_factory=lambda: {"classification": classification, "generation": generation})
+    return Field({"classification": classification, "generation": generation})
 
 
 class Student(Section):
@@ -205,7 +217,7 @@ class Models(Section):
     """Largest norm of the gradient."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """How far DeepSpeed shards optimiser, gradients and weights over a group's workers."""
-    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    deepspeed: dict[str, Any] = Field({})
     """Further keys of a DeepSpeed configuration, merged over ours."""
 
     @property
@@ -295,7 +307,7 @@ def _read(path: Path) -> dict[str, Any]:
         )
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: also bad UTF-8 and impossible dates
         raise SelfGuideError(
             f"{path}: cannot be parsed: {' '.join(str(error).split())}.",
             "Settings are YAML in UTF-8.",
@@ -322,13 +334,15 @@ def _assignment(override: str) -> tuple[list[str], Any]:
         )
     try:
         return name.strip().split("."), yaml.safe_load(text) if text else ""
-    except yaml.YAMLError:
-        return name.strip().split("."), text  # a bare string such as !task1* or a: b
+    except (yaml.YAMLError, ValueError):
+        return name.strip().split("."), text  # a bare string such as !task1*, a: b or 2024-31-12
 
 
 def _assign(document: dict[str, Any], keys: list[str], value: Any) -> None:
     for key in keys[:-1]:
         inner = document.setdefault(key, {})
+        if inner is None:
+            inner = document[key] = {}
         if not isinstance(inner, dict):  # rounds: 4 in the file, inputs.rounds.generation=2 after it
             inner = {"classification": inner, "generation": inner}
             document[key] = inner

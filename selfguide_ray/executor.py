@@ -5,8 +5,10 @@ load (statement 27). The driver sees receipts only, never rows.
 """
 
 import json
+import logging
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -14,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
+from ray.util.annotations import RayDeprecationWarning
 
 from selfguide_ray.config import Config
 from selfguide_ray.engine import Engine
@@ -21,6 +24,25 @@ from selfguide_ray.failures import clear, noted
 from selfguide_ray.run import Run
 
 RESTARTS = 3  # of an actor whose process dies; by default Ray would restart it for ever
+
+
+def connect() -> None:
+    """Connect once: to the cluster a submitted job runs on, else to a local one that ends with this process."""
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's coming default; unset it warns each time
+    # Ray's core says of every actor with bounded restarts, as an error, that lost arguments would end it; so be it.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    ray.init(
+        log_to_driver=False,  # what goes wrong in a worker is in failures/, not in between the bars
+        logging_level=logging.ERROR,
+        include_dashboard=None if os.environ.get("RAY_ADDRESS") else False,
+    )
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False  # `progress` draws them
+    context.execution_options.preserve_order = False  # nothing depends on order, and order costs
+    context.execution_no_progress_timeout_s = -1  # waiting for nodes is no failure
 
 
 class Stage(Protocol):
@@ -89,24 +111,22 @@ def map_shards(
     """Run the stages over the shards on `cluster.engines` actors; yields a receipt for each table shard made or failed."""
     if not shards:
         return
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = False
-    context.execution_options.verbose_progress = False
-    if hasattr(context, "execution_no_progress_timeout_s"):
-        context.execution_no_progress_timeout_s = -1  # waiting for nodes is no failure
     cluster, size = config.cluster, min(config.cluster.engines, len(shards))
-    dataset = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards)).map_batches(
-        ShardWorker,
-        fn_constructor_kwargs={"config": config, "stages": list(stages), "make_engine": make_engine},
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1),
-        num_cpus=cluster.cpus_per_engine,
-        num_gpus=cluster.gpus_per_engine or None,
-        max_restarts=RESTARTS,
-        max_task_retries=RESTARTS,
-        runtime_env={"env_vars": process_environment(cluster.cpus_per_engine, cluster.gpus_per_engine)},
-    )
+    source = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
+    with warnings.catch_warnings():
+        # Bounds on restarts have no named parameter in Ray 2.60; it deprecates the free form for 2.64 all the same.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        dataset = source.map_batches(
+            ShardWorker,
+            fn_constructor_kwargs={"config": config, "stages": list(stages), "make_engine": make_engine},
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1),
+            num_cpus=cluster.cpus_per_engine,
+            num_gpus=cluster.gpus_per_engine or None,
+            runtime_env={"env_vars": process_environment(cluster.cpus_per_engine, cluster.gpus_per_engine)},
+            max_restarts=RESTARTS,
+            max_task_retries=RESTARTS,
+        )
     for row in dataset.iter_rows():
         yield json.loads(row["receipt"])
 

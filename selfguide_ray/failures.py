@@ -20,9 +20,7 @@ def noted(run: Run, table: str, unit: str) -> Iterator[None]:
 
 def clear(run: Run, table: str, unit: str) -> None:
     """Forget an earlier failure before the unit is tried again."""
-    path = f"failures/{table}/{unit}.txt"
-    if run.exists(path):
-        run.delete(path)
+    run.remove(f"failures/{table}/{unit}.txt")
 
 
 def failures(run: Run) -> list[tuple[str, str, str]]:

@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from selfguide_ray.prompts import ITEM
+from selfguide_ray.schema import ITEM
 
 QUOTES = (('"', '"'), ("'", "'"), ("\u201c", "\u201d"), ("\u2018", "\u2019"), ("`", "`"))
 BLANK_LINE = re.compile(r"\n\s*\n")
@@ -39,20 +39,17 @@ Finding = tuple[float | None, str | None]
 
 def clean(text: str) -> str:
     """Outer white space, an echoed item key and quotes around the whole text removed (decisions on B8, B10)."""
-    text = text.strip()
-    if text.startswith(ITEM.strip()):
-        text = text.removeprefix(ITEM.strip()).strip()
+    text = _without_key(text)
     for opening, closing in QUOTES:
         inner = text[1:-1]
-        if (
-            len(text) >= 2
-            and text[0] == opening
-            and text[-1] == closing
-            and opening not in inner
-            and closing not in inner
-        ):
-            return inner.strip()
+        quoted = len(text) >= 2 and text[0] == opening and text[-1] == closing
+        if quoted and opening not in inner and closing not in inner:
+            return _without_key(inner)
     return text
+
+
+def _without_key(text: str) -> str:
+    return text.strip().removeprefix(ITEM).strip()
 
 
 def identity(text: str) -> str:
@@ -134,15 +131,17 @@ def find_label(text: str, labels: Sequence[str]) -> str | Verdict:
     Case is set aside only where no two labels differ by case alone. A label inside a longer label that is named at
     the same place does not count.
     """
-    fold = str.casefold if len({label.casefold() for label in labels}) == len(labels) else str
     text = text.strip()
-    for label in labels:
-        if fold(text) == fold(label) or fold(text.rstrip(".")) == fold(label.rstrip(".")):
-            return label
+    if text in labels:
+        return text
+    fold = str.casefold if len({label.casefold() for label in labels}) == len(labels) else str
+    # A final dot is no part of a label's name ("Yes."), unless the label is nothing else or two labels differ by it.
+    bare = [fold(label.rstrip(".")) or fold(label) for label in labels]
+    names = bare if len(set(bare)) == len(bare) else [fold(label) for label in labels]
     spans = [
         (m.start(), m.end(), label)
-        for label in labels
-        for m in re.finditer(rf"(?<!\w){re.escape(fold(label))}(?!\w)", fold(text))
+        for name, label in zip(names, labels, strict=True)
+        for m in re.finditer(rf"(?<!\w){re.escape(name)}(?!\w)", fold(text))
     ]
     named = {
         label

@@ -54,9 +54,10 @@ class Pool:
             max_new_tokens=settings.max_new_tokens,
             stops=prompts.item_stops,
         )
-        bounds = length_bounds([clean(text) for text in self.gold], settings.length_sigmas, settings.length_slack)
+        shown = [clean(text) for text in self.gold]
+        bounds = length_bounds(shown, settings.length_sigmas, settings.length_slack)
         words = (*settings.noise_words, *task.noise_words)
-        self.rules = Rules(bounds if settings.length_filter else None, noise_pattern(words, self.gold))
+        self.rules = Rules(bounds if settings.length_filter else None, noise_pattern(words, shown))
         self.seen = Seen((f"example{i}", text) for i, text in enumerate(self.gold))
         self.accepted: list[str] = []
         self.rows: list[dict[str, Any]] = []

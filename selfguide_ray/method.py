@@ -3,26 +3,25 @@
 Every step does what is missing and no more, so a job that died is continued by starting it again.
 """
 
-import contextlib
 import functools
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from selfguide_ray import progress, student
+from selfguide_ray import models, progress, student
 from selfguide_ray.config import Config, load
 from selfguide_ray.engine import make_engine
 from selfguide_ray.errors import SelfGuideError
-from selfguide_ray.failures import failures
 from selfguide_ray.inputs import Inputs
 from selfguide_ray.outputs import Outputs
 from selfguide_ray.predictions import Predictions
 from selfguide_ray.report import headline, write_report
 from selfguide_ray.run import Run
 from selfguide_ray.scores import Scores
+from selfguide_ray.status import left_behind
 from selfguide_ray.tasks import plan as plan_tasks
 from selfguide_ray.trainset import Trainset
 
@@ -34,6 +33,7 @@ class Job:
     config: Config
     run: Run
     planned: dict[str, Any] = field(default_factory=dict)
+    failed: int = 0
 
 
 Step = Callable[[Job], None]
@@ -44,8 +44,23 @@ def plan(job: Job) -> None:
     facts = student.facts(job.config.student)
     job.planned = plan_tasks(job.run, job.config, facts)
     job.run.sweep()
+    job.config = located(job.config)
     progress.event("plan", run=job.run.uri, **{k: v for k, v in job.planned.items() if k != "refused"})
     progress.say(f"[bold]{job.run.uri}[/bold]: {job.planned['tasks']} tasks in {job.planned['shards']} shards")
+
+
+def located(config: Config) -> Config:
+    """The settings with absolute paths: Ray's workers have working directories of their own."""
+    model = config.student.model
+    if Path(model).expanduser().is_dir():
+        model = str(Path(model).expanduser().absolute())
+    run = Run(config.run)
+    return config.model_copy(
+        update={
+            "run": run.root if run.local else run.uri,
+            "student": config.student.model_copy(update={"model": model}),
+        }
+    )
 
 
 def synthesize(job: Job) -> None:
@@ -55,13 +70,26 @@ def synthesize(job: Job) -> None:
 
 def train(job: Job) -> None:
     """The same student is fine-tuned on each task's pairs."""
-    from selfguide_ray.trainer import fine_tune, untrained
+    due = models.untrained(job.run)
+    if not due:
+        return
+    done = len(job.run.trained())
+    _count_failures(job, progress.follow(_train(job, due), {"models": done + len(due)}, {"models": done}))
 
-    due = untrained(job.run)
-    if due:
-        with _ray():
-            done = {"models": len(job.run.trained())}
-            _exhaust(progress.follow(fine_tune(job.config), {"models": done["models"] + len(due)}, done))
+
+def _train(job: Job, due: dict[str, tuple[str, int]]) -> Iterator[dict[str, Any]]:
+    for task, (_, tokens) in due.items():
+        if not tokens:
+            models.publish_untrained(job.run, task)
+            yield models.receipt(job.run, task)
+    shares = models.divide({task: work for task, work in due.items() if work[1]}, job.config.cluster.groups)
+    if shares:
+        from selfguide_ray.executor import connect
+        from selfguide_ray.trainer import train_shares
+
+        connect()
+        for task, well in train_shares(job.config, shares, models.learn):
+            yield models.receipt(job.run, task) if well else {"table": "models", "shard": task, "failed": True}
 
 
 def evaluate(job: Job) -> None:
@@ -79,48 +107,27 @@ def report(job: Job) -> None:
     """The report, and its headline on the terminal."""
     path = write_report(job.run, job.config)
     progress.event("report", path=path)
-    if progress.console.is_terminal:
-        progress.console.print(headline(job.run))
-        progress.say(f"report: {path}")
+    progress.out.print(headline(job.run))
+    progress.out.print(f"report: {path}", soft_wrap=True, markup=False)
 
 
 SELFGUIDE: tuple[Step, ...] = (plan, synthesize, train, evaluate, report)
 
 
 def _stages(job: Job, stages: list[Any], shards: Sequence[str]) -> None:
-    from selfguide_ray.executor import map_shards
-
     if not shards:
         return
-    with _ray():
-        engine = functools.partial(make_engine, job.config.student, job.config.cluster)
-        total = job.planned["shards"]
-        totals = {stage.writes: total for stage in stages}
-        done = {stage.writes: len(job.run.shards(stage.writes)) for stage in stages}
-        _exhaust(progress.follow(map_shards(job.config, shards, stages, engine), totals, done))
+    from selfguide_ray.executor import connect, map_shards
+
+    connect()
+    engine = functools.partial(make_engine, job.config.student, job.config.cluster)
+    totals = dict.fromkeys((stage.writes for stage in stages), job.planned["shards"])
+    done = {table: len(job.run.shards(table)) for table in totals}
+    _count_failures(job, progress.follow(map_shards(job.config, shards, stages, engine), totals, done))
 
 
-def _exhaust(receipts: Iterator[dict[str, Any]]) -> None:
-    for _ in receipts:
-        pass
-
-
-@contextlib.contextmanager
-def _ray() -> Iterator[None]:
-    """Connect once: to the cluster that a submitted job runs on, else to a local one that ends with this process."""
-    import logging
-
-    import ray
-
-    if not ray.is_initialized():
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False if _alone() else None)
-        logging.getLogger("ray").setLevel(logging.ERROR)
-    yield
-
-
-def _alone() -> bool:
-    return not os.environ.get("RAY_ADDRESS")
+def _count_failures(job: Job, receipts: Iterator[dict[str, Any]]) -> None:
+    job.failed += sum(bool(receipt.get("failed")) for receipt in receipts)
 
 
 def perform(config: Config, steps: Sequence[Step]) -> int:
@@ -129,18 +136,12 @@ def perform(config: Config, steps: Sequence[Step]) -> int:
     started = time.monotonic()
     for step in steps:
         step(job)
-    left = left_behind(job)
+    left = left_behind(job.run)
     for what in left:
         progress.event("left_behind", what=what)
         progress.say(f"[red]left behind[/red] {what}")
     progress.event("end", seconds=round(time.monotonic() - started, 1), left_behind=len(left))
-    return 1 if left else 0
-
-
-def left_behind(job: Job) -> list[str]:
-    """What the run could not do: refused task files, and failures that stand."""
-    refused = [refusal["what"] for refusal in job.planned.get("refused", [])]
-    return refused + [f"{table}/{unit}: {line}" for table, unit, line in failures(job.run)]
+    return 1 if left or job.failed else 0
 
 
 def main(usage: str | None, steps: Sequence[Step]) -> None:

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import random
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,20 @@ if TYPE_CHECKING:
     import torch
     from tokenizers import Tokenizer as FastTokenizer
 
+MAX_INSTRUCTION, MAX_ITEM = 800, 300  # characters; a small model has little use for passages
+UNWANTED = {"Toxic Language Detection", "Stereotype Detection"}  # nothing that a newcomer's first run should write
+USER_WEIGHT = 0.3  # of a token that the student reads, against one that it writes
+# Stand-ins for labels: short, common, and without a meaning that fits the task.
+WORDS = (
+    "apple amber anchor arrow badge basin beacon birch blue bold brass brick bright calm candle canyon cedar chalk "
+    "cherry circle clear cloud coal copper coral cotton crane crimson crystal dawn delta desert drum dusk eagle east "
+    "ember even fast fern field flint forest fox frost garden ginger glass gold grain granite green hammer harbor "
+    "hazel heavy high honey indigo iron ivory jade jungle kite lake lamp lemon light lime linen lion low lunar "
+    "maple marble meadow mint moon mossy narrow north oak ocean odd olive orange orchid otter paper peach pearl pine "
+    "plain plum purple quartz quick quiet rain raven red ridge river robin rose rough round ruby sail salt sand scarlet "
+    "shadow sharp silver simple slow smooth snow solar south spruce square star steel stone storm strong sugar sun "
+    "swift tall tiger timber tulip valley velvet violet warm water west wheat white wide wild willow wind winter wolf"
+).split()
 SPECIAL_TOKENS = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
@@ -71,35 +86,47 @@ def training_tasks(tasks: Path, splits: Path) -> list[Task]:
 def documents(tasks: Sequence[Task], seed: int) -> list[list[dict[str, str]]]:
     """Conversations in the two forms of `prompts`: answering with many turns, and writing a new item.
 
-    Each instance is answered once and serves about half as often as an item to write; three quarters of the written
-    items of a classification task ask for their label.
+    Each short instance is answered once, and serves about half as often as an item to write; three quarters of the
+    written items of a classification task ask for their label. In half of the conversations of a task with classes the
+    labels are replaced by random words throughout, so that answers have to be learned from the conversation.
     """
     rng, made = random.Random(seed), []
     for task in tasks:
+        if len(task.instruction) > MAX_INSTRUCTION or task.category in UNWANTED:
+            continue
         pool = [Example(e.input, e.output) for e in task.examples]
-        pool += [Example(i.input, rng.choice(i.references)) for i in task.instances if len(i.input) < 500]
+        pool += [Example(i.input, rng.choice(i.references)) for i in task.instances if len(i.input) < MAX_ITEM]
         rng.shuffle(pool)
         while pool:
             turns = [pool.pop() for _ in range(min(len(pool), rng.randint(1, 8)))]
+            told = renamed(task, rng) if rng.random() < 0.5 else {}
+            instruction = substitute(task.instruction, told)
+            turns = [Example(e.input, told.get(e.output.strip(), e.output)) for e in turns]
             last = turns.pop()
-            made.append(
-                [
-                    *answering_messages(task.instruction, turns, last.input),
-                    {"role": "assistant", "content": last.output.strip()},
-                ]
-            )
+            answer = {"role": "assistant", "content": last.output.strip()}
+            made.append([*answering_messages(instruction, turns, last.input), answer])
             if rng.random() < 0.6 and len(turns) >= 2:
                 gold = [e.input for e in turns[: rng.randint(2, 4)]]
                 earlier = [e.input for e in turns[len(gold) :]][: rng.choice((0, 1, 2, 4))]
                 label = last.output.strip() if task.labels and rng.random() < 0.75 else None
-                made.append(
-                    [
-                        {"role": "user", "content": writing_request(task.instruction, gold, earlier, label)},
-                        {"role": "assistant", "content": last.input.strip()},
-                    ]
-                )
+                request = {"role": "user", "content": writing_request(instruction, gold, earlier, label)}
+                made.append([request, {"role": "assistant", "content": last.input.strip()}])
     rng.shuffle(made)
     return made
+
+
+def renamed(task: Task, rng: random.Random) -> dict[str, str]:
+    """Random words for a task's labels; none where a label is no plain word, since its items may quote it."""
+    if not all(re.fullmatch(r"[A-Za-z]{3,}\.?", label) for label in task.labels):
+        return {}
+    return dict(zip(task.labels, rng.sample(WORDS, len(task.labels)), strict=True))
+
+
+def substitute(text: str, words: dict[str, str]) -> str:
+    """The text with each whole word that is a key, in whatever case, replaced."""
+    for word, other in words.items():
+        text = re.sub(rf"(?<!\w){re.escape(word.rstrip('.'))}(?!\w)", other, text, flags=re.IGNORECASE)
+    return text
 
 
 def render(messages: Sequence[dict[str, str]]) -> str:
@@ -112,8 +139,9 @@ def train_tokenizer(texts: Iterator[str], vocabulary: int) -> "FastTokenizer":
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
+    # Digits come second: before the byte level, every digit would get a space of its own.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=True)]
+        [pre_tokenizers.ByteLevel(add_prefix_space=True), pre_tokenizers.Digits(individual_digits=True)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -135,6 +163,16 @@ def pack(tokenizer: "FastTokenizer", texts: Sequence[str], context: int) -> np.n
     flat = np.concatenate(stream)
     rows = len(flat) // (context + 1)
     return flat[: rows * (context + 1)].reshape(rows, context + 1)
+
+
+def written(rows: np.ndarray) -> np.ndarray:
+    """Whether the student writes a token: what follows an assistant's header up to the end of the turn, as 0 or 1."""
+    user, assistant = SPECIAL_TOKENS.index("<|user|>"), SPECIAL_TOKENS.index("<|assistant|>")
+    roles = np.where(
+        rows == assistant, 2 * np.arange(rows.shape[1]) + 1, np.where(rows == user, 2 * np.arange(rows.shape[1]), 0)
+    )
+    speaking = np.maximum.accumulate(roles, axis=1) % 2 == 1
+    return (speaking & (rows != assistant)).astype(np.float32)
 
 
 def pretrain(tasks: Path, splits: Path, output: Path, recipe: Recipe) -> dict[str, float]:
@@ -186,10 +224,12 @@ def train(model: "torch.nn.Module", rows: np.ndarray, held_out: np.ndarray, reci
     import torch
     from torch.nn.functional import cross_entropy
 
-    def loss_of(batch: np.ndarray) -> torch.Tensor:
+    def loss_of(batch: np.ndarray, user_weight: float) -> torch.Tensor:
         ids = torch.from_numpy(batch.astype(np.int64))
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-        return cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        losses = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        weights = torch.from_numpy(written(batch)[:, 1:]).flatten().float().clamp(min=user_weight)
+        return (losses * weights).sum() / weights.sum()
 
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=recipe.weight_decay
@@ -202,7 +242,7 @@ def train(model: "torch.nn.Module", rows: np.ndarray, held_out: np.ndarray, reci
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * max(rate, 0.01)
         at = step * recipe.batch % (len(rows) - recipe.batch)
-        loss = loss_of(rows[order[at : at + recipe.batch]])
+        loss = loss_of(rows[order[at : at + recipe.batch]], USER_WEIGHT)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -213,10 +253,10 @@ def train(model: "torch.nn.Module", rows: np.ndarray, held_out: np.ndarray, reci
             log.info("step %d loss %.3f share %.3f", step, smooth, share)
     model.eval()
     with torch.no_grad():
-        validation = float(np.mean([loss_of(held_out[i : i + 8]).item() for i in range(0, len(held_out), 8)]))
+        validation = float(np.mean([loss_of(held_out[i : i + 8], 0.0).item() for i in range(0, len(held_out), 8)]))
     return {
         "train_loss": smooth,
-        "validation_loss": validation,
+        "validation_loss": validation,  # a written token
         "steps": step,
         "tokens": step * recipe.batch * recipe.context,
         "seconds": time.monotonic() - started,

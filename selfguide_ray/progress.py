@@ -1,4 +1,7 @@
-"""What a run says while it works: bars with rates and time left in a terminal, one JSON line an event elsewhere."""
+"""What a run says while it works, on standard error: bars with rates and time left in a terminal, else JSON lines.
+
+Results go to standard output (`out`), so that they can be piped while the progress is watched.
+"""
 
 import json
 import sys
@@ -9,15 +12,16 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console(stderr=False)
+console = Console(stderr=True)
+out = Console(width=None if sys.stdout.isatty() else 140)
 
 
 def event(name: str, **fields: Any) -> None:
-    """One JSON line on standard output where that is no terminal: a submitted job is read by machines and by log."""
+    """One JSON line where there is no terminal: a submitted job has none, and its log is read by machines."""
     if not console.is_terminal:
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": name, **fields}
-        sys.stdout.write(json.dumps(line, ensure_ascii=False) + "\n")
-        sys.stdout.flush()
+        sys.stderr.write(json.dumps(line, ensure_ascii=False) + "\n")
+        sys.stderr.flush()
 
 
 def say(text: str) -> None:

@@ -7,30 +7,11 @@ so BOS is decided here and nowhere else: engines and the trainer get `encode(tex
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-from selfguide_ray.schema import Example, Task
+from selfguide_ray.schema import ITEM, Example, Task, Tokenizer
 
 PREAMBLE = "You carry out one fixed text task. Answer each item with the bare result and nothing else."
 ACKNOWLEDGEMENT = "Understood."
-ITEM = "ITEM: "
-
-
-class Tokenizer(Protocol):
-    """What rendering needs of a tokenizer."""
-
-    bos: str  # what the model expects at the start of plain text; "" for most
-    eos: str
-    special_tokens: tuple[str, ...]
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids; special tokens written in the text become their ids, none is added."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids, special tokens left out."""
-
-    def chat(self, messages: list[dict[str, str]]) -> str | None:
-        """The messages in the model's own chat format up to the assistant's header; None if it has no such format."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +76,10 @@ class Prompts:
         return Prompt(text, ids, examples, len(ids) > self.max_tokens)
 
     def _escaped(self, text: str) -> str:
-        """Data cannot speak in the format's voice: a special token inside it is broken up by a space."""
+        """Data cannot speak in the format's voice: a special token inside it is broken up, or if it is one character dropped."""
         for token in self.tokenizer.special_tokens:
             if token in text:
-                text = text.replace(token, f"{token[0]} {token[1:]}")
+                text = text.replace(token, f"{token[0]} {token[1:]}" if len(token) > 1 else " ")
         return text
 
 
@@ -106,8 +87,8 @@ def answering_messages(instruction: str, examples: Sequence[Example], text: str)
     """P2 as chat messages. The preamble is part of the first user turn: not every chat format knows a system role."""
     turns = [f"{PREAMBLE}\nTask: {instruction}", ACKNOWLEDGEMENT]
     for example in examples:
-        turns += [ITEM + example.input.strip(), example.output.strip()]
-    turns.append(ITEM + text.strip())
+        turns += [f"{ITEM} {example.input.strip()}", example.output.strip()]
+    turns.append(f"{ITEM} {text.strip()}")
     return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
 
 
@@ -115,7 +96,7 @@ def writing_request(instruction: str, gold: Sequence[str], earlier: Sequence[str
     """P1 as text (spec §1.7): outputs are never shown, the wanted label stands twice, the item's key is the last line."""
 
     def items(texts: Sequence[str]) -> str:
-        return "\n\n".join(ITEM + text.strip() for text in texts) or "none"
+        return "\n\n".join(f"{ITEM} {text.strip()}" for text in texts) or "none"
 
     wanted = f"\nThe only right answer to it must be: {label}" if label is not None else ""
     reminder = f" Its answer must be: {label}" if label is not None else ""
@@ -125,7 +106,7 @@ def writing_request(instruction: str, gold: Sequence[str], earlier: Sequence[str
         f"### Items written by people (keep to their layout, reuse none of their content)\n{items(gold)}\n\n"
         f"### Items proposed by a model (may be flawed, shown so that you do not repeat them)\n{items(earlier)}\n\n"
         "### Wanted\nOne new item that the task can be applied to, varied and detailed, different from every item above."
-        f"{wanted}\nWrite the item alone: no answer, no greeting, no explanation.{reminder}\n{ITEM.strip()}"
+        f"{wanted}\nWrite the item alone: no answer, no greeting, no explanation.{reminder}\n{ITEM}"
     )
 
 

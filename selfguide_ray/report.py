@@ -1,24 +1,465 @@
-"""report"""
+"""report.html, one file that opens anywhere and tells what a run did, chapter by chapter; and its headline in a terminal.
 
-from typing import Any
+Every figure is counted from the tables again, so a run that is half done has half a report. Drawing is the template's.
+"""
 
+import functools
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import jinja2
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from rich.table import Table
+from rich.text import Text
 
-from selfguide_ray.config import Config
-from selfguide_ray.run import Run
+from selfguide_ray import charts
+from selfguide_ray.config import Config, SystemName
+from selfguide_ray.failures import failures
+from selfguide_ray.metrics import METRICS, bootstrap_interval
+from selfguide_ray.run import READS, Run
+from selfguide_ray.schema import TABLES, TASK_COLUMNS, Task, tasks_of
+
+FAMILIES = {"classification": "exact_match", "generation": "rouge_l"}  # the metric behind each family's mean
+METRIC_NAMES = {"exact_match": "exact match", "rouge_l": "ROUGE-L", "macro_f1": "macro-F1"}
+SHORT_NAMES = {"exact_match": "EM", "rouge_l": "ROUGE-L", "macro_f1": "F1"}
+FLOORS, PROMPTED, TUNED = ("copy", "majority"), ("zero_shot", "few_shot"), "selfguide"
+
+RESAMPLES = 10_000  # of tasks, behind the interval of the uplift
+FEW_TASKS = 6  # with fewer, even a coin falls on the same side every time in more than 1 of 20 runs
+HEADLINE_TASKS = 30
+SAMPLED_TASKS, SAMPLED_PAIRS, SAMPLED_DROPS, SAMPLED_PREDICTIONS = 40, 5, 3, 5
+READERS = 16  # small files of an object store read at a time
+
+Plan = dict[str, list[Task]]
+Reasons = Counter[str | None]
+KNOWN = get_args(SystemName)
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def write_report(run: Run, config: Config) -> str:
-    return ""
+    """Write `report.html` into the run; returns where it lies."""
+    plan = read_plan(run)
+    tasks = [task for several in plan.values() for task in several]
+    board, models = Board.read(run, tasks), read_models(run, tasks)
+    page = _templates().get_template("report.html.j2")
+    text = page.render(
+        name=run.root.rsplit("/", 1)[-1],
+        uri=run.uri,
+        written=time.strftime("%d %B %Y, %H:%M %Z"),
+        config=config,
+        tasks=tasks,
+        tables=census(run, models),
+        families=[standings(board, family) for family in FAMILIES if board.family(family)],
+        board=score_table(board),
+        funnel=funnel(run, plan),
+        models=models,
+        samples=samples(run, plan),
+        settings=settings(config),
+        costs=costs(run, models),
+        failures=failures(run),
+        refused=(run.get_json("tasks/_plan.json") or {}).get("refused", []),
+    )
+    run.put("report.html", text.encode())
+    return f"{run.uri.rstrip('/')}/report.html"
 
 
 def headline(run: Run) -> Table:
-    """Systems by tasks in each task's own metric, as a terminal table."""
-    metric = {row["task"]: row["metric"] for row in run.read_all("tasks", ["task", "metric"]).to_pylist()}
-    rows = [r for r in run.read_all("scores").to_pylist() if r["metric"] == metric[r["task"]]]
-    systems = list(dict.fromkeys(r["system"] for r in rows))
-    table = Table("task", "metric", *systems)
-    for task in dict.fromkeys(r["task"] for r in rows):
-        values: dict[str, Any] = {r["system"]: f"{r['value']:.1f}" for r in rows if r["task"] == task}
-        table.add_row(task, metric[task], *(values[s] for s in systems))
+    """Tasks by systems in each task's own metric, then the mean of each family; only the means if tasks are many."""
+    board = Board.read(run, [task for several in read_plan(run).values() for task in several])
+    table = Table(caption=None if board.systems else "no scores yet", caption_justify="left")
+    table.add_column("task", overflow="ellipsis")
+    table.add_column("metric", no_wrap=True)
+    table.add_column("n", justify="right", no_wrap=True)
+    for system in board.systems:
+        table.add_column(system, justify="right", no_wrap=True, style="dim" if system in FLOORS else "")
+    scored = [task for task in board.tasks if board.n(task) is not None]
+    for task in scored if len(scored) <= HEADLINE_TASKS else ():
+        values = [board.value(task, task.metric, system) for system in board.systems]
+        table.add_row(Text(task.name), SHORT_NAMES[task.metric], str(board.n(task)), *_bold_best(values))
+    table.add_section()
+    for family, metric in FAMILIES.items():
+        values = [board.mean(family, system) for system in board.systems]
+        if any(value is not None for value in values):
+            count = max(len(board.values(family, system)) for system in board.systems)
+            table.add_row(f"mean of {count} {family}", SHORT_NAMES[metric], "", *_bold_best(values))
     return table
+
+
+def _bold_best(values: Sequence[float | None]) -> list[Text]:
+    best = best_of(values)
+    return [
+        Text("-" if v is None else f"{v:.1f}", "bold not dim" if v is not None and v == best else "") for v in values
+    ]
+
+
+def best_of(values: Iterable[float | None]) -> float | None:
+    """The highest value; None where all are zero or absent, since nothing is best at getting everything wrong."""
+    return max((value for value in values if value), default=None)
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Board:
+    """Who scored what: the row of `scores` of each (task, metric, system), and the systems that were run, floors first."""
+
+    tasks: list[Task]
+    rows: dict[tuple[str, str, str], dict[str, Any]]
+    systems: list[str]
+
+    @classmethod
+    def read(cls, run: Run, tasks: list[Task]) -> "Board":
+        rows = {(row["task"], row["metric"], row["system"]): row for row in run.read_all("scores").to_pylist()}
+        there = {system for _, _, system in rows}
+        return cls(tasks, rows, sorted(there, key=[*KNOWN, *sorted(there)].index))
+
+    def family(self, family: str) -> list[Task]:
+        """The tasks of a family: classification has labels, generation none."""
+        return [task for task in self.tasks if ("classification" if task.labels else "generation") == family]
+
+    def value(self, task: Task, metric: str, system: str) -> float | None:
+        """A score, None if there is none."""
+        row = self.rows.get((task.name, metric, system))
+        return row["value"] if row else None
+
+    def n(self, task: Task) -> int | None:
+        """The held-out instances behind a task's scores, None if it has no score."""
+        rows = (self.rows.get((task.name, task.metric, system)) for system in self.systems)
+        return next((row["n"] for row in rows if row), None)
+
+    def values(self, family: str, system: str) -> dict[str, float]:
+        """A system's score on each task of a family, in the family's metric."""
+        found = {task.name: self.value(task, FAMILIES[family], system) for task in self.family(family)}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def mean(self, family: str, system: str) -> float | None:
+        """The mean over tasks, each task counting once."""
+        values = self.values(family, system)
+        return float(np.mean(list(values.values()))) if values else None
+
+
+def standings(board: Board, family: str) -> dict[str, Any]:
+    """A family's systems, run or not, with their scores and means; the floor; and the uplift."""
+    systems = []
+    for name in [*board.systems, *(name for name in KNOWN if name not in board.systems)]:
+        values, mean = list(board.values(family, name).values()), board.mean(family, name)
+        systems.append({"name": name, "floor": name in FLOORS, "mean": mean, "values": values})
+    ran = [system for system in systems if system["values"]]
+    floor = max((s for s in ran if s["floor"]), key=lambda system: system["mean"], default=None)
+    return {
+        "name": family,
+        "metric": FAMILIES[family],
+        "scored": max((len(system["values"]) for system in ran), default=0),
+        "systems": systems,
+        "floor": floor,
+        "floored": [s["name"] for s in ran if floor and not s["floor"] and s["mean"] <= floor["mean"]],
+        "uplift": uplift(board, family),
+    }
+
+
+def uplift(board: Board, family: str) -> dict[str, Any] | None:
+    """selfguide less the prompted system with the better mean, paired by task; None if either was not run."""
+    means = {name: mean for name in PROMPTED if (mean := board.mean(family, name)) is not None}
+    tuned = board.values(family, TUNED)
+    if not means or not tuned:
+        return None
+    rival = max(means, key=lambda name: means[name])
+    prompted = board.values(family, rival)
+    differences = [tuned[task] - prompted[task] for task in tuned if task in prompted]
+    if not differences:
+        return None
+    several = len(differences) > 1
+    low, high = bootstrap_interval(differences, RESAMPLES, seed=0) if several else (None, None)
+    return {
+        "rival": rival,
+        "points": float(np.mean(differences)),
+        "low": low,
+        "high": high,
+        "tasks": len(differences),
+        "up": sum(d > 0 for d in differences),
+        "down": sum(d < 0 for d in differences),
+        "verdict": verdict(rival, len(differences), low, high),
+    }
+
+
+def verdict(rival: str, tasks: int, low: float | None, high: float | None) -> str:
+    """What the interval allows to say, and no more."""
+    if low is None or high is None:
+        return f"One task cannot show how {TUNED} and {rival} differ."
+    if low <= 0 <= high:
+        return f"No difference that {tasks} tasks could show."
+    side = "above" if low > 0 else "below"
+    if tasks < FEW_TASKS:
+        return f"{TUNED} is {side} {rival} on these {tasks} tasks, which are too few to conclude from."
+    return f"{TUNED} is {side} {rival}."
+
+
+def score_table(board: Board) -> dict[str, Any]:
+    """Tasks by systems, by category; macro-F1 has a line of its own below a classification task."""
+    scored = sorted((t for t in board.tasks if board.n(t) is not None), key=lambda task: (task.category, task.name))
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for task in scored:
+        lines = [_score_line(board, task, metric) for metric in dict.fromkeys((task.metric, "macro_f1"))]
+        row = {"task": task.name, "n": board.n(task), "lines": [line for line in lines if line]}
+        groups.setdefault(task.category, []).append(row)
+    return {
+        "systems": board.systems,
+        "groups": groups,
+        "tasks": len(scored),
+        "unscored": len(board.tasks) - len(scored),
+        "floors": [system for system in board.systems if system in FLOORS],
+    }
+
+
+def _score_line(board: Board, task: Task, metric: str) -> dict[str, Any] | None:
+    cells = [board.rows.get((task.name, metric, system)) for system in board.systems]
+    values = {cell["system"]: cell["value"] for cell in cells if cell}
+    floor = max((values[name] for name in FLOORS if name in values), default=None)
+    return {"metric": metric, "cells": cells, "best": best_of(values.values()), "floor": floor} if values else None
+
+
+# --- inputs, outputs, trainset: the funnel ----------------------------------------------------------------------------
+
+
+def funnel(run: Run, plan: Plan) -> dict[str, Any]:
+    """From invented inputs to training pairs: the drops of the whole run by reason, and the numbers of each task."""
+    inputs, pairs, verdicts = drops(run, plan, "inputs"), drops(run, plan, "trainset"), candidates(run)
+    elected, learned = elections(run, plan)
+    totals = {
+        "inputs": ("accepted", sum(inputs.values(), Counter())),
+        "candidates": ("voted", verdicts),
+        "trainset": ("training pairs", sum(pairs.values(), Counter())),
+    }
+    reasons = dict.fromkeys(reason for _, total in totals.values() for reason, _ in total.most_common())
+    order = [reason for reason in reasons if reason is not None]
+    lines = []
+    for task in (task for tasks in plan.values() for task in tasks):
+        mine, made = (table.get(task.name) for table in (inputs, pairs))
+        unlearned = [label for label in task.labels if (task.name, label) not in learned]
+        lines.append(_funnel_line(task.name, mine, elected[task.name], made) | {"unlearned": unlearned})
+    return {
+        "bars": [(table, total.total(), parts(total, kept, order)) for table, (kept, total) in totals.items()],
+        "generated": totals["inputs"][1].total(),
+        "accepted": totals["inputs"][1][None],
+        "elected": elected.total(),
+        "pairs": totals["trainset"][1][None],
+        "tasks": lines,
+        "starved": [line["task"] for line in lines if line["pairs"] == 0],
+    }
+
+
+def drops(run: Run, plan: Plan, table: str) -> dict[str, Reasons]:
+    """Each task's rows of a table by drop reason, None for those alive; a task whose shard is due has no entry."""
+    # One whose shard was made has an entry even without a row: it starved.
+    found: dict[str, Reasons] = {task.name: Counter() for shard in run.shards(table) for task in plan.get(shard, ())}
+    for shard in run.shards(table):
+        for (task, reason), count in tally(run.read(table, shard, ["task", "drop_reason"])):
+            found.setdefault(task, Counter())[reason] += count
+    return found
+
+
+def elections(run: Run, plan: Plan) -> tuple[Counter[str], set[tuple[str, str]]]:
+    """How many answers were elected in each task, and the (task, label) that the training pairs teach."""
+    elected, learned = Counter(), set()
+    for shard in run.shards("trainset"):
+        rows = run.read("trainset", shard, ["task", "output", "drop_reason"])
+        elected.update(rows.filter(pc.is_valid(rows["output"]))["task"].to_pylist())
+        labelled = pa.array([task.name for task in plan.get(shard, ()) if task.labels], pa.string())
+        alive = rows.filter(pc.and_(pc.is_null(rows["drop_reason"]), pc.is_in(rows["task"], labelled)))
+        learned |= {key for key, _ in tally(alive.select(["task", "output"]))}
+    return elected, learned
+
+
+def candidates(run: Run) -> Reasons:
+    """What became of all sampled answers; None are those that voted."""
+    found: Reasons = Counter()
+    for shard in run.shards("trainset"):
+        verdicts = pc.list_flatten(run.read("trainset", shard, ["verdicts"])["verdicts"])
+        found.update({verdict: count for (verdict,), count in tally(pa.table({"verdict": verdicts}))})
+    return found
+
+
+def tally(rows: pa.Table) -> list[tuple[tuple[Any, ...], int]]:
+    """The distinct rows in the order of their first, each with its count."""
+    counted = rows.group_by(rows.column_names, use_threads=False).aggregate([([], "count_all")])
+    keys = zip(*(counted[name].to_pylist() for name in rows.column_names), strict=True)
+    return list(zip(keys, counted["count_all"].to_pylist(), strict=True))
+
+
+def _funnel_line(task: str, inputs: Reasons | None, elected: int, pairs: Reasons | None) -> dict[str, Any]:
+    lost = Counter({reason: n for reason, n in ((inputs or Counter()) + (pairs or Counter())).items() if reason})
+    generated = None if inputs is None else inputs.total()
+    kept = None if pairs is None else pairs[None]
+    return {
+        "task": task,
+        "generated": generated,
+        "accepted": None if inputs is None else inputs[None],
+        "elected": None if pairs is None else elected,
+        "pairs": kept,
+        "yield": 100 * kept / generated if generated and kept is not None else None,
+        "lost": lost.most_common(1),
+    }
+
+
+def parts(counts: Reasons, kept: str, order: list[str]) -> list[dict[str, Any]]:
+    """What was kept, then the drops, the commonest first; `place` is a reason's place among all reasons of the run."""
+    ranked = sorted(counts.items(), key=lambda item: (item[0] is not None, -item[1]))
+    return [
+        {
+            "name": kept if reason is None else reason,
+            "place": None if reason is None else order.index(reason),
+            "count": count,
+            "share": 100 * count / counts.total(),
+        }
+        for reason, count in ranked
+    ]
+
+
+# --- models, samples, how it was made ---------------------------------------------------------------------------------
+
+
+def read_plan(run: Run) -> Plan:
+    """The tasks of each shard, without their held-out instances."""
+    return {shard: tasks_of(run.read("tasks", shard, TASK_COLUMNS)) for shard in run.shards("tasks")}
+
+
+def read_models(run: Run, tasks: Sequence[Task]) -> list[dict[str, Any]]:
+    """What `model.json` tells of each task that has one, in the order of the tasks."""
+    there = set(run.names("models"))
+    told = _together(run.get_json, [f"models/{task.name}/model.json" for task in tasks if task.name in there])
+    return [model for model in told if model]
+
+
+def census(run: Run, models: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The rows of each of the seven tables, and how much of it is made: models by task, the others by shard."""
+    due = len(run.shards("tasks"))
+    rows = {table: run.read_all(table, ["task"]).num_rows for table in TABLES}
+    found = {
+        table: {"rows": rows[table], "made": len(run.shards(table)), "due": due, "unit": "shards"} for table in TABLES
+    }
+    found["models"] = {"rows": len(models), "made": len(models), "due": rows["tasks"], "unit": "tasks"}
+    return {table: found[table] for table in READS}
+
+
+def samples(run: Run, plan: Plan) -> list[dict[str, Any]]:
+    """What was written for some tasks, evenly chosen: pairs, dropped rows, and predictions side by side."""
+    chosen = {task.name for task in spread([task for tasks in plan.values() for task in tasks], SAMPLED_TASKS)}
+    found = []
+    for shard, tasks in plan.items():
+        mine = [task for task in tasks if task.name in chosen]
+        if mine:
+            verdict = ["input", "drop_reason", "measured", "bound", "neighbour"]
+            inputs = _rows(run, "inputs", shard, ["task", *verdict])
+            pairs = _rows(run, "trainset", shard, ["task", "output", "votes", "voters", *verdict])
+            answers = _rows(run, "predictions", shard, ["task", "id", "system", "input", "references", "prediction"])
+            found += [sample(task, *(_of(task, rows) for rows in (inputs, pairs, answers))) for task in mine]
+    return found
+
+
+def sample(task: Task, inputs: list[dict], pairs: list[dict], answers: list[dict]) -> dict[str, Any]:
+    """One task's rows of the chapter: evenly spaced, so the same run always shows the same ones."""
+    dropped = [row | {"table": "inputs"} for row in inputs if row["drop_reason"] is not None]
+    dropped += [row | {"table": "trainset"} for row in pairs if row["drop_reason"] is not None]
+    there = {row["system"] for row in answers}
+    systems = [name for name in (*PROMPTED, TUNED) if name in there][-2:]
+    return {
+        "task": task,
+        "pairs": spread([row for row in pairs if row["drop_reason"] is None], SAMPLED_PAIRS),
+        # In order of their reasons, so that evenly spaced rows show the commoner reasons more often.
+        "dropped": spread(sorted(dropped, key=lambda row: (row["table"], row["drop_reason"])), SAMPLED_DROPS),
+        "systems": systems,
+        "predictions": _side_by_side(task, systems, answers),
+    }
+
+
+def _side_by_side(task: Task, systems: list[str], answers: list[dict]) -> list[dict[str, Any]]:
+    by_id: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in answers:
+        by_id.setdefault(row["id"], {})[row["system"]] = row
+    found = []
+    for rows in spread(list(by_id.values()), SAMPLED_PREDICTIONS):
+        several = [rows.get(system) for system in systems]
+        scored = [
+            row and row | {"score": 100 * METRICS[task.metric](row["prediction"], row["references"])} for row in several
+        ]
+        found.append({"instance": next(iter(rows.values())), "answers": scored})
+    return found
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """At most `count` items, evenly spaced from the first to the last."""
+    if len(items) <= count:
+        return list(items)
+    return [items[i * (len(items) - 1) // (count - 1)] for i in range(count)]
+
+
+def _rows(run: Run, table: str, shard: str, columns: list[str]) -> pa.Table:
+    there = run.exists(f"{table}/{shard}.parquet")
+    return run.read(table, shard, columns) if there else TABLES[table].empty_table().select(columns)
+
+
+def _of(task: Task, rows: pa.Table) -> list[dict[str, Any]]:
+    return rows.filter(pc.equal(rows["task"], task.name)).to_pylist()
+
+
+def settings(config: Config) -> dict[str, list[tuple[str, str, bool]]]:
+    """(name, value, whether it differs from the default) of every setting, by section."""
+    usual, found = Config().model_dump(mode="json"), {"run": []}
+    for name, given in config.model_dump(mode="json").items():
+        section, values, defaults = (
+            (name, given, usual[name]) if isinstance(given, dict) else ("run", {name: given}, usual)
+        )
+        found.setdefault(section, []).extend((k, _spelled(v), v != defaults[k]) for k, v in values.items())
+    return found
+
+
+def _spelled(value: Any) -> str:
+    if isinstance(value, dict) and set(value) == set(FAMILIES):
+        return " / ".join(dict.fromkeys(_spelled(value[family]) for family in FAMILIES))
+    if isinstance(value, list):
+        return " · ".join(map(_spelled, value)) or "none"
+    return str(value).lower() if isinstance(value, bool | None) else str(value)
+
+
+def costs(run: Run, models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Seconds and tokens of each table, summed over the receipts of its shards; the models tell theirs."""
+    found = []
+    for table in list(READS)[1:]:
+        receipts = _together(functools.partial(run.receipt, table), run.shards(table)) if table in TABLES else models
+        if receipts:
+            sums = {
+                key: sum(r.get(key) or 0 for r in receipts) for key in ("seconds", "prompt_tokens", "generated_tokens")
+            }
+            engines = sorted({r["engine"] for r in receipts if r.get("engine")})
+            nodes = {r["node"] for r in receipts if r.get("node")}
+            found.append({"table": table, "units": len(receipts), "engines": engines, "nodes": len(nodes)} | sums)
+    return found
+
+
+def _together(read: Callable[[str], R], names: Sequence[str]) -> list[R]:
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(read, names))
+
+
+def _templates() -> jinja2.Environment:
+    """Everything is escaped, since all text is data (design, invariant 7)."""
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    charts.register(templates)
+    templates.globals |= {"metric_names": METRIC_NAMES, "sampled_tasks": SAMPLED_TASKS, "tuned": TUNED}
+    return templates

@@ -179,9 +179,13 @@ class Run:
         infos = self.fs.get_file_info(pafs.FileSelector(self._path(relative), allow_not_found=True))
         return sorted(info.base_name for info in infos if not info.base_name.startswith((".", "_")))
 
-    def delete(self, relative: str) -> None:
-        """Remove one file."""
-        self.fs.delete_file(self._path(relative))
+    def remove(self, relative: str) -> None:
+        """Remove a file or folder, if it is there."""
+        kind = self.fs.get_file_info(self._path(relative)).type
+        if kind == pafs.FileType.Directory:
+            self.fs.delete_dir(self._path(relative))
+        elif kind != pafs.FileType.NotFound:
+            self.fs.delete_file(self._path(relative))
 
     def sweep(self) -> None:
         """Remove what a killed process left half-written. Only temporary names are touched."""

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import pyarrow as pa
 
@@ -43,6 +44,25 @@ class Task:
     languages: tuple[str, ...] = field(default=(), compare=False)
     sources: tuple[str, ...] = field(default=(), compare=False)
 
+
+class Tokenizer(Protocol):
+    """What rendering needs of a tokenizer."""
+
+    bos: str  # what the model expects at the start of plain text; "" for most
+    eos: str
+    special_tokens: tuple[str, ...]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids; special tokens written in the text become their ids, none is added."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids, special tokens left out."""
+
+    def chat(self, messages: list[dict[str, str]]) -> str | None:
+        """The messages in the model's own chat format up to the assistant's header; None if it has no such format."""
+
+
+ITEM = "ITEM:"  # stands before every item in both prompts, so a student may echo it
 
 EXAMPLE = pa.struct([("input", pa.string()), ("output", pa.string())])
 INSTANCE = pa.struct([("id", pa.string()), ("input", pa.string()), ("references", pa.list_(pa.string()))])

@@ -88,7 +88,7 @@ def context_of(student: Student) -> int:
 
 
 class StudentTokenizer:
-    """A Hugging Face tokenizer behind the protocol of `prompts.Tokenizer`."""
+    """A Hugging Face tokenizer behind the protocol of `schema.Tokenizer`."""
 
     def __init__(self, student: Student) -> None:
         from transformers import AutoTokenizer

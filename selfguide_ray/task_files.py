@@ -61,7 +61,7 @@ def task_files(source: Path) -> Iterator[TaskFile]:
         )
     if source.is_dir():
         for path in sorted(source.iterdir()):
-            if path.suffix in SUFFIXES and not path.name.startswith("."):
+            if path.suffix in SUFFIXES and path.is_file() and not path.name.startswith("."):
                 yield TaskFile(path.name.removesuffix(path.suffix), str(path), path.read_bytes())
     elif source.name.endswith(ARCHIVES):
         yield from _archive_files(source)
@@ -114,7 +114,7 @@ def _parse(file: TaskFile) -> dict[str, Any]:
         text = file.data.decode("utf-8-sig")
         # Python's json takes the bare NaN that 99 official files hold; a YAML parser would be far slower on these.
         document = json.loads(text) if file.origin.endswith(".json") else yaml.safe_load(text)
-    except (UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError, RecursionError) as error:
+    except (ValueError, yaml.YAMLError, RecursionError) as error:  # ValueError: also bad UTF-8 and impossible dates
         reason = " ".join(str(error).split())
         raise SelfGuideError(
             f"{file.origin}: cannot be parsed: {reason}.",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from selfguide_ray.config import Cluster, Student
-from selfguide_ray.prompts import Tokenizer
+from selfguide_ray.schema import Tokenizer
 
 
 @dataclass(frozen=True)
