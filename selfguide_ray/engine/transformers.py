@@ -78,7 +78,8 @@ class TransformersEngine:
         model = AutoModelForCausalLM.from_pretrained(
             location, dtype=self.dtype, use_safetensors=True, trust_remote_code=self.student.trust_remote_code
         )
-        return model.to(self.device).eval()
+        # Frozen from the start: with gradients off, torch may pick other kernels once peft has frozen the weights.
+        return model.to(self.device).eval().requires_grad_(False)
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
