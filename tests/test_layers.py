@@ -14,7 +14,7 @@ LAYERS = [
     ("vocabulary", ["errors", "embedded", "schema", "config"]),
     ("files", ["run", "student", "task_files", "failures", "status"]),
     ("tools", ["engine", "engine.sampling", "engine.scripted", "engine.transformers", "prompts", "filters", "metrics"]),
-    ("training", ["fine_tuning", "charts"]),
+    ("under the tables", ["fine_tuning", "charts", "standings"]),
     ("tables, apart", ["tasks", "inputs", "outputs", "trainset", "models", "predictions", "scores", "report"]),
     ("ray", ["executor", "trainer", "progress"]),
     ("top", ["method", "cli", "pretraining"]),

@@ -12,9 +12,10 @@ import pytest
 from rich.console import Console
 
 from selfguide_ray.config import Config
-from selfguide_ray.report import SAMPLED_TASKS, headline, spread, verdict, write_report
+from selfguide_ray.report import SAMPLED_TASKS, headline, spread, write_report
 from selfguide_ray.run import Run
 from selfguide_ray.schema import TABLES, Example, Task, task_rows
+from selfguide_ray.standings import verdict
 
 HOSTILE = "</span><script>alert(1)</script> \x00 \u2028 \u202e &amp; " + "w" * 5000
 SYSTEMS = ("copy", "majority", "zero_shot", "few_shot", "selfguide")
