@@ -81,7 +81,7 @@ class Student(Section):
 
 
 class Cluster(Section):
-    """How much of the cluster to use. Nothing here changes a result."""
+    """How much of the cluster to use. Nothing here changes a result by more than rounding."""
 
     engines: int = Field(1, ge=1)
     """Engine actors; each loads the student once."""

@@ -4,6 +4,7 @@ An actor loads the student once and takes a shard through all the stages given, 
 load (statement 27). The driver sees receipts only, never rows.
 """
 
+import functools
 import json
 import logging
 import os
@@ -50,22 +51,34 @@ class Stage(Protocol):
 
     writes: str
     reads: dict[str, tuple[str, ...] | None]  # table → columns, None for all
-    needs_engine: bool
 
     def __call__(self, *tables: pa.Table) -> pa.Table:
         """The rows of `writes`, given the tables of `reads` in order."""
 
 
-StageFactory = Callable[[Config, Run, Engine], Stage]
+class StageType(Protocol):
+    """A class of stages: what it makes is known before one is built."""
+
+    writes: str
+
+    def __call__(self, config: Config, run: Run, engine: Engine) -> Stage:
+        """A stage on an engine."""
+
+
 EngineFactory = Callable[[], Engine]
 
 
 class ShardWorker:
     """What runs in an actor: stages over one shard at a time."""
 
-    def __init__(self, config: Config, stages: Sequence[type[Stage]], make_engine: EngineFactory) -> None:
-        self.run, self.engine = Run(config.run), make_engine()
-        self.stages = [stage(config, self.run, self.engine) for stage in stages]
+    def __init__(self, config: Config, stages: Sequence[StageType], make_engine: EngineFactory) -> None:
+        self.config, self.run, self.kinds, self.make_engine = config, Run(config.run), stages, make_engine
+        self.made: dict[str, Stage] = {}
+
+    @functools.cached_property
+    def engine(self) -> Engine:
+        """The engine, started with the first shard, so that a failure to start is noted like any other."""
+        return self.make_engine()
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
         """A batch of shard names → receipts as JSON."""
@@ -73,12 +86,14 @@ class ShardWorker:
 
     def work(self, shard: str) -> Iterator[dict[str, Any]]:
         """Take a shard through the stages whose file is missing; a failure ends the shard's way and no other's."""
-        for stage in self.stages:
-            if self.run.exists(f"{stage.writes}/{shard}.parquet"):
+        for kind in self.kinds:
+            if self.run.exists(f"{kind.writes}/{shard}.parquet"):
                 continue
-            receipt: dict[str, Any] = {"table": stage.writes, "shard": shard, "failed": True}
-            with noted(self.run, stage.writes, shard):
-                receipt = self._make(stage, shard)
+            receipt: dict[str, Any] = {"table": kind.writes, "shard": shard, "failed": True}
+            with noted(self.run, kind.writes, shard):
+                if kind.writes not in self.made:
+                    self.made[kind.writes] = kind(self.config, self.run, self.engine)
+                receipt = self._make(self.made[kind.writes], shard)
             yield receipt
             if receipt.get("failed"):
                 return
@@ -106,7 +121,7 @@ class ShardWorker:
 
 
 def map_shards(
-    config: Config, shards: Sequence[str], stages: Sequence[type[Stage]], make_engine: EngineFactory
+    config: Config, shards: Sequence[str], stages: Sequence[StageType], make_engine: EngineFactory
 ) -> Iterator[dict[str, Any]]:
     """Run the stages over the shards on `cluster.engines` actors; yields a receipt for each table shard made or failed."""
     if not shards:

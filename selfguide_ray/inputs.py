@@ -20,7 +20,6 @@ class Inputs:
 
     writes: ClassVar = "inputs"
     reads: ClassVar = {"tasks": TASK_COLUMNS}
-    needs_engine: ClassVar = True
 
     def __init__(self, config: Config, run: Run, engine: Engine) -> None:
         self.config, self.engine = config, engine

@@ -65,7 +65,7 @@ def located(config: Config) -> Config:
 
 def synthesize(job: Job) -> None:
     """The student writes inputs, answers them, and the pairs are filtered: inputs → outputs → trainset."""
-    _stages(job, [Inputs, Outputs, Trainset], job.run.missing("trainset"))
+    _stages(job, [Inputs, Outputs, Trainset], lambda shard: True)
 
 
 def train(job: Job) -> None:
@@ -94,13 +94,15 @@ def _train(job: Job, due: dict[str, tuple[str, int]]) -> Iterator[dict[str, Any]
 
 def evaluate(job: Job) -> None:
     """Every system answers the held-out instances, and the answers are scored."""
-    trained = set(job.run.trained()) if "selfguide" in job.config.predictions.systems else None
-    shards = [
-        shard
-        for shard in job.run.missing("scores")
-        if trained is None or set(job.run.read("tasks", shard, ["task"])["task"].to_pylist()) <= trained
-    ]
-    _stages(job, [Predictions, Scores], shards)
+    trained = set(job.run.trained())
+
+    def ready(shard: str) -> bool:
+        """Without the tuned model of each task, selfguide would be missing from a finished shard for good."""
+        if "selfguide" not in job.config.predictions.systems:
+            return True
+        return set(job.run.read("tasks", shard, ["task"])["task"].to_pylist()) <= trained
+
+    _stages(job, [Predictions, Scores], ready)
 
 
 def report(job: Job) -> None:
@@ -114,14 +116,16 @@ def report(job: Job) -> None:
 SELFGUIDE: tuple[Step, ...] = (plan, synthesize, train, evaluate, report)
 
 
-def _stages(job: Job, stages: list[Any], shards: Sequence[str]) -> None:
+def _stages(job: Job, stages: list[Any], ready: Callable[[str], bool]) -> None:
+    tables = [stage.writes for stage in stages]
+    shards = [shard for shard in job.run.missing(*tables) if ready(shard)]
     if not shards:
         return
     from selfguide_ray.executor import connect, map_shards
 
     connect()
     engine = functools.partial(make_engine, job.config.student, job.config.cluster)
-    totals = dict.fromkeys((stage.writes for stage in stages), job.planned["shards"])
+    totals = dict.fromkeys(tables, job.planned["shards"])
     done = {table: len(job.run.shards(table)) for table in totals}
     _count_failures(job, progress.follow(map_shards(job.config, shards, stages, engine), totals, done))
 
@@ -160,3 +164,6 @@ def guarded(action: Callable[[], int]) -> int:
     except SelfGuideError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped: what is finished is kept, and the same command goes on from there", file=sys.stderr)
+        return 130

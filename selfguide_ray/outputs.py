@@ -17,7 +17,6 @@ class Outputs:
 
     writes: ClassVar = "outputs"
     reads: ClassVar = {"tasks": TASK_COLUMNS, "inputs": ("task", "id", "label", "input", "drop_reason")}
-    needs_engine: ClassVar = True
 
     def __init__(self, config: Config, run: Run, engine: Engine) -> None:
         self.config, self.engine = config, engine

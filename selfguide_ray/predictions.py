@@ -36,7 +36,6 @@ class Predictions:
 
     writes: ClassVar = "predictions"
     reads: ClassVar = {"tasks": None}
-    needs_engine: ClassVar = True
 
     def __init__(self, config: Config, run: Run, engine: Engine) -> None:
         self.config, self.run, self.engine = config, run, engine

@@ -10,7 +10,7 @@ import math
 import random
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,12 +75,17 @@ def training_tasks(tasks: Path, splits: Path) -> list[Task]:
 
     train, test = names("train"), names("test")
     read = [read_task(file) for file in task_files(tasks) if file.name in train | test]
-    test_sources = {source for task in read if task.name in test for source in task.sources}
+    test_sources = source_names(source for task in read if task.name in test for source in task.sources)
     return [
         task
         for task in read
-        if task.name in train and set(task.languages) <= {"English"} and not test_sources & set(task.sources)
+        if task.name in train and set(task.languages) <= {"English"} and not test_sources & source_names(task.sources)
     ]
+
+
+def source_names(sources: Iterable[str]) -> set[str]:
+    """The data sets that Source fields name: some name several, and some put a link behind a name."""
+    return {name.split("(")[0].strip().casefold() for source in sources for name in source.split(";")}
 
 
 def documents(tasks: Sequence[Task], seed: int) -> list[list[dict[str, str]]]:

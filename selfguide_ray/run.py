@@ -60,9 +60,9 @@ class Run:
         """Names of the shards of a table that are there, in order."""
         return sorted(name.removesuffix(".parquet") for name in self.names(table) if name.endswith(".parquet"))
 
-    def missing(self, table: str) -> list[str]:
-        """Shards of the plan that a table lacks."""
-        done = set(self.shards(table))
+    def missing(self, *tables: str) -> list[str]:
+        """Shards of the plan that at least one of the tables lacks."""
+        done = set.intersection(*(set(self.shards(table)) for table in tables))
         return [shard for shard in self.shards("tasks") if shard not in done]
 
     def read(self, table: str, shard: str, columns: Sequence[str] | None = None) -> pa.Table:

@@ -17,7 +17,6 @@ class Scores:
 
     writes: ClassVar = "scores"
     reads: ClassVar = {"tasks": None, "predictions": None}
-    needs_engine: ClassVar = False
 
     def __init__(self, config: Config, run: Run, engine: Engine) -> None:
         self.config = config

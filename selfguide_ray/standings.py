@@ -33,6 +33,7 @@ class Board:
 
     @classmethod
     def read(cls, run: Run, tasks: list[Task]) -> "Board":
+        """The board of a run, from its table `scores`."""
         rows = {(row["task"], row["metric"], row["system"]): row for row in run.read_all("scores").to_pylist()}
         there = {system for _, _, system in rows}
         return cls(tasks, rows, sorted(there, key=[*KNOWN, *sorted(there)].index))

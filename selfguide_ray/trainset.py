@@ -24,7 +24,6 @@ class Trainset:
 
     writes: ClassVar = "trainset"
     reads: ClassVar = {"tasks": TASK_COLUMNS, "outputs": None}
-    needs_engine: ClassVar = False
 
     def __init__(self, config: Config, run: Run, engine: Engine) -> None:
         self.config, limit = config, config.student.max_prompt_tokens
