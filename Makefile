@@ -18,7 +18,7 @@ quickstart: $(VENV)/.installed  ## the whole method on a laptop
 	$(BIN)/selfguide run configs/quickstart.yaml
 
 test: $(VENV)/.installed lint  ## all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

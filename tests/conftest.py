@@ -12,6 +12,12 @@ from selfguide_ray.schema import Example, Instance, Task
 SHARED = Path(__file__).parents[2] / "shared" / "natural_instructions"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start Ray come first: they take longest, and two processes share the tests file by file."""
+    slow = {item.path for item in items if item.get_closest_marker("ray")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def natural_instructions() -> Path:
     """The folder with Natural Instructions; it is no part of the repository."""
@@ -52,3 +58,13 @@ def cluster() -> Iterator[str]:
     os.environ.pop("RAY_ADDRESS")
     if before is not None:
         os.environ["RAY_ADDRESS"] = before
+
+
+@pytest.fixture(scope="session")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A process group of one, as Ray Train gives it to a worker; DeepSpeed cannot be given a second one."""
+    import torch.distributed
+
+    os.environ |= {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "DS_ACCELERATOR": "cpu"}
+    store = torch.distributed.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
