@@ -21,7 +21,7 @@ from selfguide_ray import charts
 from selfguide_ray.config import Config
 from selfguide_ray.failures import failures
 from selfguide_ray.metrics import METRICS
-from selfguide_ray.run import READS, Run
+from selfguide_ray.run import PLAN, READS, Run
 from selfguide_ray.schema import TABLES, TASK_COLUMNS, Task, tasks_of
 from selfguide_ray.standings import FAMILIES, FLOORS, PROMPTED, TUNED, Board, best_of, score_table, standings
 
@@ -60,7 +60,7 @@ def write_report(run: Run, config: Config) -> str:
         settings=settings(config),
         costs=costs(run, models),
         failures=failures(run),
-        refused=(run.get_json("tasks/_plan.json") or {}).get("refused", []),
+        refused=(run.get_json(PLAN) or {}).get("refused", []),
     )
     run.put("report.html", text.encode())
     return f"{run.uri.rstrip('/')}/report.html"

@@ -26,6 +26,7 @@ from selfguide_ray.schema import TABLES
 
 RECEIPT = b"selfguide_receipt"
 TEMPORARY = ".tmp-"  # readers of Parquet folders pass over names with a leading dot
+PLAN = "tasks/_plan.json"  # written last of the table `tasks`: the plan is complete
 SETTINGS = "_settings.json"  # and over those with a leading underscore
 
 # What each folder is made from; its settings are its own section, the student where that speaks, and those below it.

@@ -4,7 +4,7 @@ from typing import Any
 
 from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.failures import failures
-from selfguide_ray.run import READS, Run
+from selfguide_ray.run import PLAN, READS, Run
 
 FIGURES = ("rows", "kept", "seconds", "generated_tokens")
 
@@ -34,7 +34,7 @@ def progress_of(run: Run) -> dict[str, Any]:
 
 def left_behind(run: Run) -> list[str]:
     """What the run could not do: refused task files, and failures that stand."""
-    refused = (run.get_json("tasks/_plan.json") or {}).get("refused", [])
+    refused = (run.get_json(PLAN) or {}).get("refused", [])
     return [r["what"] for r in refused] + [f"{table}/{unit}: {line}" for table, unit, line in failures(run)]
 
 

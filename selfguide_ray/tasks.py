@@ -13,11 +13,10 @@ from typing import Any
 from selfguide_ray.config import Config
 from selfguide_ray.embedded import resolve
 from selfguide_ray.errors import SelfGuideError
-from selfguide_ray.run import Run
+from selfguide_ray.run import PLAN, Run
 from selfguide_ray.schema import Task, row_seed, task_rows
 from selfguide_ray.task_files import read_task, task_files
 
-PLAN = "tasks/_plan.json"  # written last: the plan is complete
 MIN_EXAMPLES = 2
 
 # Yes, no, or (None) not to be known before the file is read.

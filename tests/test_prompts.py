@@ -6,10 +6,11 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+from recording import RecordingEngine
 
-from selfguide_ray.config import Student, load
+from selfguide_ray.config import load
 from selfguide_ray.engine import Completion
-from selfguide_ray.engine.scripted import ByteTokenizer, ScriptedEngine
+from selfguide_ray.engine.scripted import ByteTokenizer
 from selfguide_ray.inputs import Inputs, Pool
 from selfguide_ray.models import publish_untrained
 from selfguide_ray.outputs import Outputs
@@ -32,16 +33,8 @@ class ChatTokenizer(ByteTokenizer):
         return "".join(f"<|start|>{m['role']}\n{m['content']}<|end|>\n" for m in messages) + "<|start|>assistant\n"
 
 
-class RecordingEngine(ScriptedEngine):
-    """The scripted engine, with a memory of what it was asked."""
-
-    def __init__(self):
-        super().__init__(Student(engine="scripted"))
-        self.requests = []
-
-    def generate(self, requests):
-        self.requests += requests
-        return super().generate(requests)
+class PromptRecordingEngine(RecordingEngine):
+    """It hands over the texts of the prompts since the last time it was asked for them."""
 
     def prompts(self):
         asked, self.requests = self.requests, []
@@ -137,7 +130,7 @@ def test_every_order_of_three_demos_occurs(make_task, pool):  # statement 4
 
 def test_all_prompts_of_a_round_see_the_survivors_of_the_rounds_before(make_task):  # statement 5
     config = load(overrides=["inputs.rounds=5", "inputs.length_filter=false"])
-    engine = RecordingEngine()
+    engine = PromptRecordingEngine()
     rows = Inputs(config, None, engine)(task_rows([make_task()])).to_pylist()
     asked = engine.prompts()
     assert len(asked) == len(rows) == 50
@@ -194,7 +187,7 @@ def test_all_stages_share_one_prompt_byte_for_byte(make_task, tmp_path, labels):
     systems = "predictions.systems=[few_shot, selfguide]"
     filters = ["inputs.length_filter=false", "trainset.length_filter=false", "trainset.balance=false"]
     config = load(overrides=[f"run={tmp_path}", "student.engine=scripted", "inputs.rounds=4", systems, *filters])
-    run, engine = Run(config.run), RecordingEngine()
+    run, engine = Run(config.run), PromptRecordingEngine()
     tasks = task_rows([make_task(labels=labels)])
     inputs = Inputs(config, run, engine)(tasks)
     engine.prompts()
@@ -306,7 +299,7 @@ def test_a_writing_prompt_without_room_becomes_a_row_with_that_verdict(make_task
 
 def test_an_answering_prompt_without_room_keeps_its_row_in_outputs_and_trainset(make_task):
     task, config = make_task(), load(overrides=["student.max_prompt_tokens=16", "inputs.rounds=1"])
-    roomy, engine = load(overrides=["inputs.rounds=1", "inputs.length_filter=false"]), RecordingEngine()
+    roomy, engine = load(overrides=["inputs.rounds=1", "inputs.length_filter=false"]), PromptRecordingEngine()
     inputs = Inputs(roomy, None, engine)(task_rows([task]))
     alive = inputs["drop_reason"].null_count
     engine.prompts()

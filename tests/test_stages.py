@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import pyarrow.compute as pc
 import pytest
+from recording import RecordingEngine
 
-from selfguide_ray.config import Student, load
+from selfguide_ray.config import load
 from selfguide_ray.embedded import resolve
-from selfguide_ray.engine.scripted import MEMORY, ScriptedEngine
+from selfguide_ray.engine.scripted import MEMORY
 from selfguide_ray.inputs import Inputs
 from selfguide_ray.metrics import exact_match, macro_f1, rouge_l
 from selfguide_ray.models import learn, publish_untrained, untrained
@@ -22,18 +23,6 @@ from selfguide_ray.trainset import Trainset
 
 SHARD = "00000"
 ROUNDS, PROMPTS = 6, 5
-
-
-class RecordingEngine(ScriptedEngine):
-    """The scripted engine, with a memory of its requests."""
-
-    def __init__(self):
-        super().__init__(Student(engine="scripted"))
-        self.requests = []
-
-    def generate(self, requests):
-        self.requests += requests
-        return super().generate(requests)
 
 
 def settings(folder, *more):
