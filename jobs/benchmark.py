@@ -1,70 +1,31 @@
 """Measure this project against its peers, alternating in one run, medians; the ratio is what counts.
 
 python jobs/benchmark.py NAME --json FILE [--data NATURAL_INSTRUCTIONS] [--repeats 3]
+
+loading     the offline suite of tasks
+generation  the engine on many requests that share prefixes, and its rows, adapters and memory
+gpu         vLLM inside a Ray actor, on a GPU
 """
 
 import argparse
+import importlib
 import importlib.metadata
 import json
 import os
 import platform
-import resource
-import statistics
-import tarfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from selfguide_ray.task_files import read_task, task_files
+from benchmarks import figures
+
+from selfguide_ray.errors import SelfGuideError
 
 PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "pyarrow", "selfguide_ray")
-Measured = dict[str, Any]
-
-
-def alternate(candidates: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
-    """Median rate of each candidate, taking turns, so that a noisy machine troubles all alike."""
-    rates: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(repeats):
-        for name, run in candidates.items():
-            rates[name].append(run())
-    return {name: statistics.median(several) for name, several in rates.items()}
-
-
-def loading(arguments: argparse.Namespace) -> Measured:
-    """Tasks read a second from the whole suite, against parsing the same files and doing nothing with them."""
-    archive, partial = arguments.data / "tasks.tar.xz", arguments.data / "tasks_partial"
-    tasks, marks = 0, []
-
-    def ours() -> float:
-        nonlocal tasks
-        started, tasks = time.perf_counter(), 0
-        for source in (archive, partial):
-            for file in task_files(source):
-                read_task(file)
-                tasks += 1
-                if tasks in (100, 700, 1400):
-                    marks.append((tasks, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
-        return tasks / (time.perf_counter() - started)
-
-    def json_only() -> float:
-        started, count = time.perf_counter(), 0
-        with tarfile.open(archive, "r:*") as members:
-            for member in members:
-                if member.isfile():
-                    json.load(members.extractfile(member))
-                    count += 1
-        for path in partial.glob("*.json"):
-            json.loads(path.read_text())
-            count += 1
-        return count / (time.perf_counter() - started)
-
-    rates = alternate({"ours": ours, "json_only": json_only}, arguments.repeats)
-    memory = {f"after_{count}_tasks": round(megabytes) for count, megabytes in marks[:3]}
-    return {"work": f"{tasks} task files", "unit": "tasks/s", "rates": rates, "peak_memory_mb": memory}
-
-
-BENCHMARKS: dict[str, Callable[[argparse.Namespace], Measured]] = {"loading": loading}
+BENCHMARKS: dict[str, str] = {  # the module and function of each: what one needs is imported for none of the others
+    "loading": "benchmarks.loading:loading",
+    "generation": "benchmarks.generation:generation",
+    "gpu": "benchmarks.gpu:gpu",
+}
 
 
 def main() -> None:
@@ -76,16 +37,25 @@ def main() -> None:
         "--data", type=Path, default=Path("../shared/natural_instructions"), help="Natural Instructions"
     )
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sizes", default="15M,120M", help="generation: models, the first for the headline")
+    parser.add_argument("--requests", type=int, default=64, help="generation, gpu: requests of a task")
+    parser.add_argument("--threads", type=int, default=1, help="generation: threads of every engine")
+    parser.add_argument("--vllm", help="generation, gpu: a Python interpreter that has vLLM")
+    parser.add_argument("--quick", action="store_true", help="generation: only the rates")
+    parser.add_argument("--model", default="embedded/nano", help="gpu: a model's folder or name")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    measured = BENCHMARKS[arguments.name](arguments)
-    rates = measured.pop("rates")
-    ours, peers = rates.pop("ours"), rates
+    module, function = BENCHMARKS[arguments.name].split(":")
+    try:
+        measured = getattr(importlib.import_module(module), function)(arguments)
+    except SelfGuideError as error:
+        parser.exit(2, f"error: {error}\n")
     result = {
         "name": arguments.name,
+        "work": measured.pop("work"),
+        "unit": measured.pop("unit"),
+        **figures(measured.pop("rates")),
         **measured,
-        "ours": ours,
-        "peers": peers,
-        "ratio": {peer: ours / rate for peer, rate in peers.items()},
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}",
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "date": time.strftime("%Y-%m-%d"),

@@ -1,13 +1,14 @@
-"""The command line: `selfguide run CONFIG key=value …`, `selfguide status RUN`, `selfguide report RUN`."""
+"""The command line: `selfguide run CONFIG key=value …`, `selfguide status|report RUN`, `selfguide settings`."""
 
 import json
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from selfguide_ray import __version__
-from selfguide_ray.config import load
+from selfguide_ray.config import fields, load
 from selfguide_ray.method import SELFGUIDE, guarded, perform
 from selfguide_ray.progress import out
 from selfguide_ray.report import headline
@@ -85,6 +86,18 @@ def report(folder: Annotated[str, typer.Argument(metavar="RUN", help="The run's 
         return 0
 
     raise typer.Exit(guarded(show))
+
+
+@app.command()
+def settings(
+    word: Annotated[str, typer.Argument(help="Only settings whose name or meaning has this in it.")] = "",
+) -> None:
+    """List the settings with their defaults; `a / b` is for classification / generation tasks."""
+    table = Table("setting", "default", "meaning", box=None)
+    for row in fields():
+        if word.lower() in " ".join(row).lower():
+            table.add_row(*map(escape, row))
+    out.print(table)
 
 
 if __name__ == "__main__":

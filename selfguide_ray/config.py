@@ -1,7 +1,7 @@
 """The settings of a run: seven sections named like the tables, and `student` and `cluster`.
 
 The defaults are the reference's (spec §1, §2); a YAML file states only what differs. The text below a field is its
-documentation everywhere: in errors, and in the README's table. `load` reads a file and `a.b=c` overrides.
+documentation everywhere: in errors, in `selfguide settings`, in the README. `load` reads a file and `a.b=c` overrides.
 """
 
 import difflib
@@ -68,14 +68,22 @@ class Student(Section):
 
     model: str = "embedded/nano"
     """A folder with a Hugging Face causal LM, a hub name, or embedded/nano, the small student inside the package."""
-    engine: Literal["transformers", "scripted"] = "transformers"
-    """What generates: transformers, or scripted, a deterministic stand-in without a model for tests of the plumbing."""
+    engine: Literal["transformers", "vllm", "scripted"] = "transformers"
+    """What generates: transformers (our engine on its models), vllm, or scripted, a stand-in without a model for tests."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the weights; auto is bfloat16 on a GPU and float32 on a CPU."""
     max_prompt_tokens: int = Field(3000, ge=16)
     """Longest prompt in tokens; also bounded by the model's context less the new tokens."""
-    batch_rows: int = Field(64, ge=1)
+    batch_rows: int = Field(128, ge=1)
     """Rows that the engine decodes together."""
+    kv_memory_gib: float | None = Field(None, gt=0)
+    """Memory for keys and values; by default 1 GiB on a CPU and on a GPU 85 % of what the weights leave free."""
+    max_adapters: int = Field(32, ge=1)
+    """LoRA adapters kept in memory, whose rows decode together over one base."""
+    strict: bool = False
+    """Batches of one fixed shape: a row's numbers are the same bit for bit whatever runs beside it. Slower."""
+    vllm: dict[str, Any] = {}
+    """Further arguments of vLLM's engine, by name; engine: vllm."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
 
@@ -85,6 +93,8 @@ class Cluster(Section):
 
     engines: int = Field(1, ge=1)
     """Engine actors; each loads the student once."""
+    shards_in_flight: int = Field(2, ge=1)
+    """Shards that an engine works on at a time, so that it stays full while one waits for its slowest row."""
     cpus_per_engine: float = Field(1, ge=0)
     """CPUs, and so threads, of an engine."""
     gpus_per_engine: float = Field(0, ge=0)
@@ -119,6 +129,9 @@ class Tasks(Section):
     @classmethod
     def _joined(cls, value: Any) -> Any:
         return ",".join(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value
+
+
+LabelMode = Literal["free", "decode", "score"]
 
 
 class Inputs(Section):
@@ -161,6 +174,8 @@ class Outputs(Section):
     """Sample among the likeliest tokens that hold this probability."""
     max_new_tokens: int = Field(500, ge=1)
     """Longest answer in tokens, in predictions too."""
+    labels: LabelMode = "free"
+    """Classification: any text (the reference), only what the labels leave open, or a draw by the scores of all labels."""
 
 
 class Trainset(Section):
@@ -180,6 +195,8 @@ class Trainset(Section):
     """The most frequent answer needs this share of the votes."""
     vote_among: Literal["survivors", "samples"] = "survivors"
     """The share is taken of the answers that survive their filters (the reference), or of all that may vote."""
+    vote_weight: Literal["one", "probability"] = "one"
+    """Every vote counts one, or its label's probability among the labels; outputs.labels: decode or score."""
     extract_labels: bool = True
     """Take the one label that a wordy answer names; off, an answer has to equal a label (the reference)."""
     balance: bool = True
@@ -234,6 +251,8 @@ class Predictions(Section):
 
     systems: tuple[SystemName, ...] = Field(("copy", "majority", "zero_shot", "few_shot", "selfguide"), min_length=1)
     """The systems, floors first."""
+    labels: LabelMode = "free"
+    """Classification: answer with any text (the reference), within the labels, or the label that scores best."""
 
 
 class Scores(Section):
@@ -274,7 +293,7 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
 
 
 def fields() -> list[tuple[str, str, str]]:
-    """(dotted name, default, meaning) of every setting, in order; the README's table is made of it."""
+    """(dotted name, default, meaning) of every setting, in order; for `selfguide settings` and the README."""
 
     def walk(model: type[BaseModel], prefix: str) -> list[tuple[str, str, str]]:
         rows = []
@@ -366,9 +385,9 @@ def _explain(error: ValidationError, path: str, given: set[str]) -> SelfGuideErr
         same_key = [known for known in table if known.split(".")[-1] == location[-1]]  # right key, wrong section
         names = [*table, *{known.split(".")[0] for known in table}]
         near = same_key or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-        instead = f"Did you mean {near[0]}?" if near else "See the table of settings in the README."
+        instead = f"Did you mean {near[0]}?" if near else "`selfguide settings` lists them all."
         return SelfGuideError(
             f"{origin}: {name} is not a setting.{rest}", "An unknown key would be ignored silently.", instead
         )
-    meaning = f"{name}: {table[name]}" if name in table else "See the table of settings in the README."
+    meaning = f"{name}: {table[name]}" if name in table else "`selfguide settings` lists them all."
     return SelfGuideError(f"{origin}: {name} is {first['input']!r}.{rest}", f"{first['msg']}.", meaning)

@@ -8,6 +8,7 @@ import functools
 import json
 import logging
 import os
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -20,10 +21,11 @@ import ray.data
 from ray.util.annotations import RayDeprecationWarning
 
 from selfguide_ray.config import Config
-from selfguide_ray.engine import Engine
+from selfguide_ray.engine import Completion, Counters, Engine, Request
 from selfguide_ray.failures import clear, noted
 from selfguide_ray.run import Run
 
+TOKENS = ("prompt_tokens", "cached_tokens", "generated_tokens")
 RESTARTS = 3  # of an actor whose process dies; by default Ray would restart it for ever
 
 
@@ -68,17 +70,49 @@ class StageType(Protocol):
 EngineFactory = Callable[[], Engine]
 
 
+class Metered:
+    """An engine that counts what each thread got from it: shards in flight share an engine, and each has its receipt."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.mine = engine, threading.local()
+        self.tokenizer, self.context, self.fingerprint = engine.tokenizer, engine.context, engine.fingerprint
+
+    @property
+    def counters(self) -> Counters:
+        """Of the engine, for all threads."""
+        return self.engine.counters
+
+    def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        """See `engine.Engine`."""
+        completions = self.engine.generate(requests)
+        mine = self._counts()
+        for name in TOKENS:
+            mine[name] += sum(getattr(completion, name) for several in completions for completion in several)
+        return completions
+
+    def _counts(self) -> dict[str, int]:
+        if not hasattr(self.mine, "counts"):
+            self.mine.counts = dict.fromkeys(TOKENS, 0)
+        return self.mine.counts
+
+    def taken(self) -> dict[str, int]:
+        """Tokens that this thread's requests took since the last time."""
+        counts, self.mine.counts = self._counts(), dict.fromkeys(TOKENS, 0)
+        return counts
+
+
 class ShardWorker:
-    """What runs in an actor: stages over one shard at a time."""
+    """What runs in an actor: stages over shards, `cluster.shards_in_flight` at a time in threads of their own."""
 
     def __init__(self, config: Config, stages: Sequence[StageType], make_engine: EngineFactory) -> None:
         self.config, self.run, self.kinds, self.make_engine = config, Run(config.run), stages, make_engine
         self.made: dict[str, Stage] = {}
+        self.starting = threading.Lock()
 
     @functools.cached_property
-    def engine(self) -> Engine:
+    def engine(self) -> Metered:
         """The engine, started with the first shard, so that a failure to start is noted like any other."""
-        return self.make_engine()
+        return Metered(self.make_engine())
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
         """A batch of shard names → receipts as JSON."""
@@ -91,15 +125,21 @@ class ShardWorker:
                 continue
             receipt: dict[str, Any] = {"table": kind.writes, "shard": shard, "failed": True}
             with noted(self.run, kind.writes, shard):
-                if kind.writes not in self.made:
-                    self.made[kind.writes] = kind(self.config, self.run, self.engine)
-                receipt = self._make(self.made[kind.writes], shard)
+                receipt = self._make(self._stage(kind), shard)
             yield receipt
             if receipt.get("failed"):
                 return
 
+    def _stage(self, kind: StageType) -> Stage:
+        """The stage, built by the first thread that needs it."""
+        with self.starting:
+            if kind.writes not in self.made:
+                self.made[kind.writes] = kind(self.config, self.run, self.engine)
+            return self.made[kind.writes]
+
     def _make(self, stage: Stage, shard: str) -> dict[str, Any]:
-        started, generated, prompted = time.monotonic(), self.engine.generated, self.engine.prompted
+        started, before = time.monotonic(), self.engine.counters.copy()
+        self.engine.taken()
         rows = stage(*(self.run.read(table, shard, columns) for table, columns in stage.reads.items()))
         kept = rows.num_rows
         if "drop_reason" in rows.column_names:
@@ -110,14 +150,29 @@ class ShardWorker:
             "rows": rows.num_rows,
             "kept": kept,
             "seconds": round(time.monotonic() - started, 3),
-            "generated_tokens": self.engine.generated - generated,
-            "prompt_tokens": self.engine.prompted - prompted,
+            **self.engine.taken(),
+            "engine_rates": rates(self.engine.counters.since(before)),
             "node": os.uname().nodename,
             "engine": self.engine.fingerprint,
         }
         self.run.write(stage.writes, shard, rows, receipt)
         clear(self.run, stage.writes, shard)
         return receipt
+
+
+def rates(done: Counters) -> dict[str, float | None]:
+    """How well the engine was used while a shard was at work, other shards in flight included; None where unknown."""
+
+    def share(part: float, whole: float) -> float | None:
+        return round(part / whole, 4) if part and whole else None
+
+    return {
+        "prefix_hit_rate": share(done.cached_tokens, done.prompt_tokens),
+        "occupancy": share(done.rows, done.places),
+        "prompt_tokens_per_s": share(done.prompt_tokens, done.busy_seconds),
+        "generated_tokens_per_s": share(done.generated_tokens, done.busy_seconds),
+        "share_of_ceiling": share(done.ideal_seconds, done.busy_seconds),
+    }
 
 
 def map_shards(
@@ -135,7 +190,13 @@ def map_shards(
             ShardWorker,
             fn_constructor_kwargs={"config": config, "stages": list(stages), "make_engine": make_engine},
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1),
+            # Threads: while one shard waits for its slowest row, another keeps the engine full.
+            compute=ray.data.ActorPoolStrategy(
+                size=size,
+                max_tasks_in_flight_per_actor=cluster.shards_in_flight,
+                max_concurrent_calls_per_actor=cluster.shards_in_flight,
+                enable_true_multi_threading=True,
+            ),
             num_cpus=cluster.cpus_per_engine,
             num_gpus=cluster.gpus_per_engine or None,
             runtime_env={"env_vars": process_environment(cluster.cpus_per_engine, cluster.gpus_per_engine)},

@@ -7,7 +7,7 @@ import pyarrow.compute as pc
 
 from selfguide_ray.config import Config
 from selfguide_ray.engine import Engine, Request, SamplingParams, share_prefix
-from selfguide_ray.prompts import Prompts
+from selfguide_ray.prompts import Prompts, held_to_labels
 from selfguide_ray.run import Run
 from selfguide_ray.schema import TABLES, TASK_COLUMNS, Task, row_seed, tasks_of
 
@@ -44,7 +44,12 @@ class Outputs:
         for row in rows:
             if "drop_reason" not in row:
                 row["candidates"] = [
-                    {"output": c.text.strip(), "logprob": c.logprob, "finish_reason": c.finish_reason}
+                    {
+                        "output": c.text.strip(),
+                        "logprob": c.logprob,
+                        "finish_reason": c.finish_reason,
+                        "probability": c.probability,
+                    }
                     for c in next(completions)
                 ]
         return pa.Table.from_pylist(rows, schema=TABLES["outputs"])
@@ -55,8 +60,9 @@ class Outputs:
         for row, prompt in zip(rows, prompts, strict=True):
             if prompt.too_long:
                 row.update(drop_reason="too_long", candidates=[])
+        params = held_to_labels(self.params, task, self.config.outputs.labels, self.prompts)
         asked = [(row, prompt.ids) for row, prompt in zip(rows, prompts, strict=True) if not prompt.too_long]
         return [
-            Request(prefix, suffix, self.params, row_seed(self.config.seed, task.name, "output", row["id"]))
+            Request(prefix, suffix, params, row_seed(self.config.seed, task.name, "output", row["id"]))
             for (row, _), (prefix, suffix) in zip(asked, share_prefix([ids for _, ids in asked]), strict=True)
         ]

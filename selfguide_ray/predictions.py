@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from selfguide_ray.config import Config
 from selfguide_ray.engine import Engine, Request, SamplingParams, share_prefix
-from selfguide_ray.prompts import Prompt, Prompts
+from selfguide_ray.prompts import Prompt, Prompts, held_to_labels
 from selfguide_ray.run import Run
 from selfguide_ray.schema import TABLES, Instance, Task, tasks_of
 
@@ -75,7 +75,8 @@ class Predictions:
             row.update(prediction="", finish_reason="too_long")
         asked = [(row, prompt.ids) for row, prompt in zip(rows, prompts, strict=True) if not prompt.too_long]
         split = share_prefix([ids for _, ids in asked])
-        return [row for row, _ in asked], [Request(a, b, self.params, adapter=adapter) for a, b in split]
+        params = held_to_labels(self.params, task, self.config.predictions.labels, self.prompts)
+        return [row for row, _ in asked], [Request(a, b, params, adapter=adapter) for a, b in split]
 
     def _adapter(self, task: Task, stack: contextlib.ExitStack) -> str | None:
         """The tuned model's folder. A task that had nothing to learn from keeps the student as it is."""

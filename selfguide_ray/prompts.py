@@ -6,8 +6,11 @@ so BOS is decided here and nowhere else: engines and the trainer get `encode(tex
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Literal
 
+from selfguide_ray.engine import SamplingParams
 from selfguide_ray.schema import ITEM, Example, Task, Tokenizer
 
 PREAMBLE = "You carry out one fixed text task. Answer each item with the bare result and nothing else."
@@ -67,6 +70,16 @@ class Prompts:
         lead = "" if self.has_chat else " "
         return lead + self._escaped(output.strip()) + self.tokenizer.eos
 
+    def labels(self, task: Task) -> tuple[tuple[int, ...], ...]:
+        """The task's labels as token ids behind the prompt; where one begins another, each with the end of the turn."""
+        lead = "" if self.has_chat else " "
+        texts = [lead + self._escaped(label.strip()) for label in dict.fromkeys(task.labels)]
+        for end in ("", self.tokenizer.eos):
+            ids = sorted(tuple(self.tokenizer.encode(text + end)) for text in texts)
+            if all(b[: len(a)] != a for a, b in pairwise(ids)):
+                break
+        return tuple(dict.fromkeys(tuple(self.tokenizer.encode(text + end)) for text in texts))
+
     def _prompt(self, messages: list[dict[str, str]], examples: int) -> Prompt:
         messages = [{"role": m["role"], "content": self._escaped(m["content"])} for m in messages]
         text = self.tokenizer.chat(messages)
@@ -116,3 +129,12 @@ def plain(messages: Sequence[dict[str, str]]) -> str:
         return messages[0]["content"]
     speaker = {"user": "USER", "assistant": "ASSISTANT"}
     return "\n".join(f"{speaker[m['role']]}: {m['content']}" for m in messages) + "\nASSISTANT:"
+
+
+def held_to_labels(
+    params: SamplingParams, task: Task, mode: Literal["free", "decode", "score"], prompts: Prompts
+) -> SamplingParams:
+    """The parameters with the task's labels as the only answers, if the setting wants that and the task has labels."""
+    if mode == "free" or not task.labels:
+        return params
+    return replace(params, labels=prompts.labels(task), label_mode=mode)

@@ -298,19 +298,28 @@ def _spelled(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool | None) else str(value)
 
 
+SUMMED = ("seconds", "prompt_tokens", "cached_tokens", "generated_tokens")
+
+
 def costs(run: Run, models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Seconds and tokens of each table, summed over the receipts of its shards; the models tell theirs."""
     found = []
     for table in list(READS)[1:]:
         receipts = _together(functools.partial(run.receipt, table), run.shards(table)) if table in TABLES else models
         if receipts:
-            sums = {
-                key: sum(r.get(key) or 0 for r in receipts) for key in ("seconds", "prompt_tokens", "generated_tokens")
-            }
+            sums = {key: sum(r.get(key) or 0 for r in receipts) for key in SUMMED}
+            sums |= {key: _mean_rate(receipts, key) for key in ("occupancy", "share_of_ceiling")}
             engines = sorted({r["engine"] for r in receipts if r.get("engine")})
             nodes = {r["node"] for r in receipts if r.get("node")}
             found.append({"table": table, "units": len(receipts), "engines": engines, "nodes": len(nodes)} | sums)
     return found
+
+
+def _mean_rate(receipts: Sequence[dict[str, Any]], key: str) -> float | None:
+    """The mean of an engine's rate over the receipts that tell it, by the seconds of each."""
+    told = [(r["engine_rates"][key], r["seconds"]) for r in receipts if (r.get("engine_rates") or {}).get(key)]
+    seconds = sum(s for _, s in told)
+    return sum(rate * s for rate, s in told) / seconds if seconds else None
 
 
 def _together(read: Callable[[str], R], names: Sequence[str]) -> list[R]:

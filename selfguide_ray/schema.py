@@ -66,7 +66,15 @@ ITEM = "ITEM:"  # stands before every item in both prompts, so a student may ech
 
 EXAMPLE = pa.struct([("input", pa.string()), ("output", pa.string())])
 INSTANCE = pa.struct([("id", pa.string()), ("input", pa.string()), ("references", pa.list_(pa.string()))])
-CANDIDATE = pa.struct([("output", pa.string()), ("logprob", pa.float64()), ("finish_reason", pa.string())])
+# An answer; its probability is that of its label among the task's labels, where the student was held to them.
+CANDIDATE = pa.struct(
+    [
+        ("output", pa.string()),
+        ("logprob", pa.float64()),
+        ("finish_reason", pa.string()),
+        ("probability", pa.float64()),
+    ]
+)
 
 # What the filter that spoke first measured, the bound it held that against, and the id of the row it found too near.
 VERDICT = [

@@ -66,22 +66,29 @@ def elect(task: Task, candidates: list[dict[str, Any]], settings: Settings) -> t
     """
     likeliest = sorted(range(len(candidates)), key=lambda i: (-candidates[i]["logprob"], i))[: settings.keep]
     rules = answer_rules(task, settings)
+
+    def weight(candidate: dict[str, Any]) -> float:
+        known = settings.vote_weight == "probability" and candidate["probability"] is not None
+        return candidate["probability"] if known else 1
+
     verdicts: list[str | None] = ["not_kept"] * len(candidates)
     ballots: list[str] = []
+    weights: Counter[str] = Counter()
     for index in sorted(likeliest):
         vote = cast_vote(candidates[index]["output"], task, rules, settings)
         verdicts[index] = vote.drop_reason if isinstance(vote, Verdict) else None
         if not isinstance(vote, Verdict):
             ballots.append(vote)
+            weights[vote] += weight(candidates[index])
     told: dict[str, Any] = {"verdicts": verdicts, "voters": len(ballots), "votes": 0}
     if not ballots:
         # Nobody votes: the commonest reason among the candidates is the row's.
         reasons = Counter(verdict for verdict in verdicts if verdict != "not_kept")
         return None, told | asdict(Verdict(reasons.most_common(1)[0][0] or "empty", 0.0, "at least 1 vote"))
-    counts = Counter(ballots)
-    winner = min(counts, key=lambda text: (-counts[text], len(text), ballots.index(text)))
-    told["votes"] = counts[winner]
-    share = counts[winner] / (len(ballots) if settings.vote_among == "survivors" else len(likeliest))
+    winner = min(weights, key=lambda text: (-weights[text], len(text), ballots.index(text)))
+    told["votes"] = ballots.count(winner)
+    voting = weights.total() if settings.vote_among == "survivors" else sum(weight(candidates[i]) for i in likeliest)
+    share = weights[winner] / voting if voting else 0.0
     if share < settings.min_frequency:
         return None, told | asdict(Verdict("no_majority", share, f"at least {settings.min_frequency:g} of the votes"))
     return winner, told

@@ -1,13 +1,30 @@
-"""jobs/benchmark.py writes figures in the form that others read."""
+"""jobs/benchmark.py writes figures in the form that others read, and its engines are asked for the same text."""
 
+import argparse
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+
+from selfguide_ray.errors import SelfGuideError
 
 JOBS = Path(__file__).parents[1] / "jobs"
+sys.path.insert(0, str(JOBS))
+
+from benchmarks import adapters, generation, gpu, identity, memory, peers  # noqa: E402
+from benchmarks.workload import EOS, SHAPES, Work, save_model  # noqa: E402
+
+TINY = SHAPES["tiny"]
+WORK = Work(requests=4, prefix=40, suffix=(2, 9), new_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("models") / "tiny", TINY)
 
 
 @pytest.mark.slow
@@ -27,3 +44,95 @@ def test_an_unknown_benchmark_is_refused():
     )
     assert done.returncode == 2
     assert "loading" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_its_benchmark_says_so():
+    with pytest.raises(SelfGuideError, match="CUDA"):
+        gpu.gpu(argparse.Namespace(device="cuda"))
+
+
+def test_all_engines_answer_alike_and_what_did_not_run_has_no_ratio(folder):
+    told = generation.measure(folder, TINY.words, WORK, repeats=2, threads=1, reason="not here")
+    assert told["ratio"] == {peer: told["ours"] / rate for peer, rate in told["peers"].items()}
+    assert set(told["ratio"]) == {"transformers_generate", "transformers_continuous"}
+    assert told["not_run"] == {"vllm_cpu": "not here"}
+    assert set(told["differing"].values()) == {0}
+    assert told["compared"] == {"transformers_generate": 16, "transformers_continuous": 16, "one_at_a_time": 8}
+    assert told["requests"] == {"ours": 8, "transformers_generate": 8, "transformers_continuous": 8}
+    assert len(told["rates"]["ours"]) == 2
+
+
+def test_a_peer_on_a_sample_gets_answers_as_long_as_the_others(folder):
+    requests = Work(requests=40, prefix=20, new_tokens=48).draw(TINY.words, seed=3)
+    answers = dict(enumerate(peers.Ours(folder, 64, 1).answer(requests)))
+    chosen = generation.sample(requests, answers, 20)
+    assert len(chosen) == 20
+    assert len({requests[i].prefix for i in chosen}) == 2
+    lengths = [len(answers[i]) for i in range(len(requests))]
+    assert 1 < sum(lengths) / len(lengths) < 47  # some end by themselves
+    assert sum(lengths[i] for i in chosen) / 20 == pytest.approx(sum(lengths) / len(lengths), rel=0.25)
+
+
+def test_every_seed_has_requests_of_its_own_in_mixed_order():
+    first, again, other = (WORK.draw(TINY.words, seed) for seed in (1, 1, 2))
+    assert first == again
+    assert not {request.prefix for request in first} & {request.prefix for request in other}
+    assert len({request.prefix for request in first[:4]}) == 2
+    assert all(2 <= len(request.suffix) <= 9 for request in first)
+
+
+STUB = """
+from types import SimpleNamespace as Some
+__version__ = "stub"
+print("noise")
+class SamplingParams:
+    def __init__(self, **given): self.max_tokens = given["max_tokens"]
+class LLM:
+    def __init__(self, model): assert model != "broken", "broken model"
+    def generate(self, prompts, params, use_tqdm):
+        return [Some(outputs=[Some(token_ids=[*p["prompt_token_ids"][:params.max_tokens], 1, 9])]) for p in prompts]
+"""
+
+
+def test_vllm_is_asked_in_another_interpreter(tmp_path):
+    (tmp_path / "vllm.py").write_text(STUB)
+    environment = {"PYTHONPATH": str(tmp_path)}
+    vllm = peers.Vllm(sys.executable, tmp_path / "log", {"model": "any"}, environment)
+    requests = WORK.draw(TINY.words, seed=1)
+    assert vllm.answer(requests) == [request.prefix[:12] for request in requests]  # what follows EOS is cut off
+    vllm.close()
+    assert vllm.process.returncode == 0
+    with pytest.raises(RuntimeError, match="broken model"):
+        peers.Vllm(sys.executable, tmp_path / "log", {"model": "broken"}, environment)
+
+
+def test_without_vllm_the_reason_is_told(tmp_path):
+    assert peers.vllm_python(str(tmp_path / "python"))[0] is None
+    python, reason = peers.vllm_python(sys.executable)
+    assert (python is None) == bool(reason)
+
+
+def test_rows_are_the_same_however_they_are_batched(tmp_path):
+    told = identity.row_identity(tmp_path, 1, replace(WORK, new_tokens=5), TINY)
+    assert (told["rows"], told["rows_differing"], told["tokens_behind_first_difference"]) == (8, 0, 0)
+    assert told["distinct_rows"] > 1
+
+
+def test_adapters_side_by_side_answer_as_with_plain_peft(tmp_path):
+    told = adapters.adapters(tmp_path, 1, 1, replace(WORK, tasks=3, requests=2), TINY)
+    assert told["differing"] == {"adapters_one_after_another": 0, "own_engine_one_after_another": 0}
+    assert told["changed_by_the_adapters"] > 0
+    assert set(told["ratio"]) == set(told["differing"])
+
+
+def test_memory_is_told(folder):
+    told = memory.peak(folder, 1, Work(tasks=3, requests=1, prefix=50, new_tokens=4))
+    assert told["answered"] == 3
+    assert told["peak_growth_mib"] >= told["growth_mib"] - 1
+    assert memory.after(folder, 1, (500,))["after_500_mib"] > 0
+
+
+def test_the_eos_of_a_model_ends_its_answer():
+    assert peers.before_eos([7, 8, EOS, 9]) == (7, 8)
+    assert peers.before_eos([7, 8], eos=8) == (7,)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from selfguide_ray.config import fields
 from selfguide_ray.embedded import resolve
 
 ROOT = Path(__file__).parents[1]
@@ -98,3 +99,13 @@ def test_a_job_without_arguments_prints_the_line_that_submits_it(tmp_path):
         )
         assert done.returncode == 2
         assert f"ray job submit --working-dir . -- python jobs/{job}.py" in done.stdout
+
+
+def test_settings_lists_every_setting_or_those_with_a_word(tmp_path):
+    listed = selfguide("settings", cwd=tmp_path)
+    assert listed.returncode == 0
+    rows = [line for line in listed.stdout.splitlines()[1:] if line[1] != " "]  # the rest continues a meaning
+    assert [line.split()[0] for line in rows] == [name for name, _, _ in fields()]
+    found = selfguide("settings", "LoRA adapters", cwd=tmp_path).stdout
+    assert "student.max_adapters" in found
+    assert "inputs.rounds" not in found

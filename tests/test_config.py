@@ -125,7 +125,7 @@ def test_a_text_that_is_no_yaml_is_taken_as_it_stands(name):
         ("models.prompts_per_round=3", "models.prompts_per_round is not a setting.",
          "Did you mean inputs.prompts_per_round?"),
         ("studnet.model=x", "studnet is not a setting.", "Did you mean student?"),
-        ("qqq=3", "qqq is not a setting.", "See the table of settings in the README."),
+        ("qqq=3", "qqq is not a setting.", "`selfguide settings` lists them all."),
         ("inputs.rounds=many", "inputs.rounds is 'many'. (1 more: see after correcting this one.)",
          "inputs.rounds: Rounds; each sees the inputs that survived the rounds before."),
         ("outputs.samples=0", "outputs.samples is 0.", "outputs.samples: Answers sampled for each input."),

@@ -98,7 +98,9 @@ def write_all(run, systems=SYSTEMS, tables=tuple(TABLES), models=True):
         }
         run.write("tasks", shard, task_rows(tasks), {"kept": len(tasks)})
         for table in set(tables) - {"tasks"}:
-            tokens = {"prompt_tokens": 1000, "generated_tokens": 300} if table == "inputs" else {}
+            tokens = {"prompt_tokens": 1000, "cached_tokens": 900, "generated_tokens": 300} if table == "inputs" else {}
+            if table == "inputs":
+                tokens["engine_rates"] = {"occupancy": 0.5, "share_of_ceiling": None}
             run.write(table, shard, rows(table, content[table]), {"seconds": 21.0, "engine": "scripted", **tokens})
     for task in TASKS if models else ():
         trained = {"trained": True, "pairs": 3, "steps": 9, "losses": [1.23456, 0.5, 0.25], "seconds": 7.0}
@@ -301,9 +303,11 @@ def test_samples_show_pairs_drops_and_predictions(page):
 
 
 def test_costs_are_summed_over_the_receipts(page):
-    assert page.row("made", "inputs") == ["inputs", "2 shards", "42.0 s", "2,000", "600", "14", "scripted"]
+    assert page.row("made", "inputs") == [
+        "inputs", "2 shards", "42.0 s", "2,000", "90 %", "600", "14", "50 %", "–", "scripted",
+    ]  # fmt: skip
     assert page.row("made", "models")[1:3] == ["4 tasks", "21.0 s"]
-    assert page.row("made", "all")[2:5] == ["3.9 min", "2,000", "600"]  # five tables of 42 s, models of 21 s
+    assert page.row("made", "all")[2:6] == ["3.9 min", "2,000", "", "600"]  # five tables of 42 s, models of 21 s
 
 
 def test_settings_are_shown_and_those_that_differ_are_marked(run):

@@ -19,7 +19,8 @@ FREE = {"length_filter": False}
 def answers(*texts, logprobs=None):
     logprobs = logprobs or [-1.0] * len(texts)
     return [
-        {"output": text, "logprob": value, "finish_reason": "stop"} for text, value in zip(texts, logprobs, strict=True)
+        {"output": text, "logprob": value, "finish_reason": "stop", "probability": None}
+        for text, value in zip(texts, logprobs, strict=True)
     ]
 
 

@@ -4,9 +4,10 @@ Engines get token ids and never text. A request's ids are split into a prefix, w
 and a suffix of its own; the split changes the cost and not the result.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from selfguide_ray.config import Cluster, Student
 from selfguide_ray.schema import Tokenizer
@@ -14,7 +15,12 @@ from selfguide_ray.schema import Tokenizer
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose tokens. Temperature 0 is greedy; top_k 0 and top_p 1 leave all tokens in."""
+    """How to choose tokens. Temperature 0 is greedy; top_k 0 and top_p 1 leave all tokens in.
+
+    `labels` are the only continuations allowed, as token ids, none the beginning of another: so each holds its end,
+    EOS or a line break. They are drawn token by token from what the labels leave open (`decode`), or all are scored
+    and one is drawn from the scores (`score`), in both ways at `temperature`; top_k, top_p and stops do not apply.
+    """
 
     n: int = 1
     temperature: float = 0.0
@@ -22,6 +28,15 @@ class SamplingParams:
     top_p: float = 1.0
     max_new_tokens: int = 500
     stops: tuple[str, ...] = ()
+    logprobs: int = 0  # how many of the likeliest tokens to report at each position
+    labels: tuple[tuple[int, ...], ...] = ()
+    label_mode: Literal["decode", "score"] = "decode"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError if a label is empty or begins another: then its end could not be told."""
+        ordered = sorted(self.labels)
+        if any(b[: len(a)] == a for a, b in zip(((), *ordered), ordered, strict=False) if a or not b):
+            raise ValueError(f"no label may be empty or begin another: {self.labels}")
 
 
 @dataclass(frozen=True)
@@ -37,16 +52,46 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """One continuation: its text up to the stop, summed log-probability (untempered), and why it ended.
+    """One continuation: its text up to the stop, its tokens without EOS, and why it ended.
 
-    finish_reason is `stop` (end of sequence or a stop string), `length` (max_new_tokens) or `too_long`
-    (the prompt leaves no room in the context: nothing was generated).
+    finish_reason is `stop` (end of sequence, a stop string, a label's end), `length` (max_new_tokens or the context),
+    `too_long` (the prompt finds no room in the context or in the engine's memory: nothing was generated), or
+    `engine_error` (the engine failed at this request and not at others).
     """
 
     text: str
     ids: tuple[int, ...]
-    logprob: float
+    logprob: float  # sum over the generated tokens, EOS included; the model's own: untempered, whole vocabulary
     finish_reason: str
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # prompt tokens whose keys and values another request had already paid for
+    generated_tokens: int = 0  # EOS included
+    logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()  # at each position the likeliest (token, log-probability)
+    probability: float | None = None  # of the label that was chosen, among the labels
+    label_probabilities: tuple[float, ...] = ()  # of all labels, in order, summing to 1; of `score` alone
+
+
+@dataclass
+class Counters:
+    """What an engine has done since it started; differences of two copies tell of the time between."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    steps: int = 0  # decoding steps
+    rows: int = 0  # rows decoded, summed over the steps
+    places: int = 0  # rows that could have been decoded, summed over the steps
+    busy_seconds: float = 0.0
+    ideal_seconds: float = 0.0  # what the same tokens cost at the measured ceiling, the bare model in full batches
+
+    def copy(self) -> "Counters":
+        """The state now."""
+        return dataclasses.replace(self)
+
+    def since(self, before: "Counters") -> "Counters":
+        """What was done after `before`."""
+        return Counters(*(a - b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(before), strict=True)))
 
 
 class Engine(Protocol):
@@ -55,11 +100,10 @@ class Engine(Protocol):
     tokenizer: Tokenizer
     context: int  # tokens that prompt and completion may take together
     fingerprint: str  # all that can change a row besides request and model: versions, device, number format, geometry
-    generated: int  # tokens generated since the engine started
-    prompted: int  # prompt tokens of the requests since then, prefixes counted for each
+    counters: Counters
 
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
-        """For each request its n completions, in order."""
+        """For each request its n completions, in order. Several threads may call; their requests share batches."""
 
 
 def share_prefix(prompts: Sequence[tuple[int, ...]]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -79,6 +123,10 @@ def make_engine(student: Student, cluster: Cluster) -> Engine:
         from selfguide_ray.engine.scripted import ScriptedEngine
 
         return ScriptedEngine(student)
+    if student.engine == "vllm":
+        from selfguide_ray.engine.vllm import VllmEngine
+
+        return VllmEngine(student, cluster)
     from selfguide_ray.engine.transformers import TransformersEngine
 
     return TransformersEngine(student, threads=max(1, int(cluster.cpus_per_engine)))

@@ -5,6 +5,8 @@ a hash of (row key, position, token id), so it is the same whatever else is in t
 logits flip a choice only where two tokens were nearly level.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from selfguide_ray.engine import SamplingParams
@@ -64,3 +66,34 @@ def choose(
         chosen = tokens.gather(-1, (scaled + gumbel(keys, position, tokens)).argmax(-1, keepdim=True)).squeeze(-1)
     logprob = logits.gather(-1, chosen[:, None]).squeeze(-1) - logits.logsumexp(-1)
     return chosen, logprob
+
+
+def choose_among(
+    logits: torch.Tensor,
+    allowed: Sequence[Sequence[int]],
+    temperature: float,
+    keys: torch.Tensor,
+    position: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The next token of each row among those allowed to it; its log-probability; its probability among the allowed.
+
+    The log-probability is over the whole vocabulary, and both are untempered. [rows] each.
+    """
+    width = max(map(len, allowed))
+    padded = torch.tensor([[*tokens, *([-1] * (width - len(tokens)))] for tokens in allowed], device=logits.device)
+    tokens = padded.clamp(min=0)
+    logits = logits.float()
+    values = logits.gather(-1, tokens).masked_fill(padded < 0, -torch.inf)
+    drawn = values.double()
+    if temperature:
+        drawn = drawn / temperature + gumbel(keys, position, tokens)
+    place = drawn.argmax(-1, keepdim=True)
+    logprob = values.gather(-1, place) - logits.logsumexp(-1, keepdim=True)
+    probability = values.double().softmax(-1).gather(-1, place)
+    return tokens.gather(-1, place).squeeze(-1), logprob.squeeze(-1), probability.squeeze(-1)
+
+
+def likeliest(logits: torch.Tensor, count: int) -> list[tuple[tuple[int, float], ...]]:
+    """The likeliest tokens of each row with their log-probabilities, best first."""
+    values, tokens = logits.float().log_softmax(-1).topk(min(count, logits.shape[-1]), dim=-1)
+    return [tuple(zip(t, v, strict=True)) for t, v in zip(tokens.tolist(), values.tolist(), strict=True)]

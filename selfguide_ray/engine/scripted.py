@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from selfguide_ray.config import Student
-from selfguide_ray.engine import Completion, Request
+from selfguide_ray.engine import Completion, Counters, Request
 from selfguide_ray.schema import row_seed
 
 MEMORY = "memory.json"
@@ -48,7 +48,7 @@ class ScriptedEngine:
         self.tokenizer = ByteTokenizer()
         self.context = 1 << 16
         self.fingerprint = "scripted"
-        self.generated = self.prompted = 0
+        self.counters = Counters()
         self.delay = float(os.environ.get("SELFGUIDE_SCRIPTED_DELAY", "0"))
 
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
@@ -63,10 +63,20 @@ class ScriptedEngine:
         completions = []
         for sample in range(request.params.n):
             rng = random.Random(row_seed(request.seed, sample, prompt))
+            labels = [self.tokenizer.decode(label) for label in request.params.labels]
             text = speak(prompt, rng, memory)[: request.params.max_new_tokens]
-            self.generated += len(text)
-            completions.append(Completion(text, tuple(text.encode()), -rng.random() * len(text), "stop"))
-        self.prompted += len(prompt) * request.params.n
+            if labels and text.strip() not in [label.strip() for label in labels]:
+                text = rng.choice(labels)
+            ids = tuple(text.encode())
+            known = {"probability": 1 / len(labels)} if labels else {}
+            completions.append(
+                Completion(
+                    text, ids, -rng.random() * len(text), "stop", len(prompt), generated_tokens=len(ids), **known
+                )
+            )
+            self.counters.generated_tokens += len(ids)
+        self.counters.requests += 1
+        self.counters.prompt_tokens += len(prompt) * request.params.n
         return completions
 
 
