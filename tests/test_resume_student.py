@@ -18,8 +18,10 @@ from selfguide_ray.trainset import Trainset
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
+# Strict: what else was in the batch, which a death changes, is not even in the last digits of a logprob.
 REAL = """
 run: {run}
+student: {{strict: true, batch_rows: 8}}
 tasks: {{select: "example001*,example005*", per_shard: 1, instances: 8}}
 inputs: {{rounds: 2, prompts_per_round: 6, length_slack: 1.0, max_new_tokens: 24}}
 outputs: {{samples: 4, max_new_tokens: 8}}

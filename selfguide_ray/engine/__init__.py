@@ -67,7 +67,9 @@ class Completion:
     cached_tokens: int = 0  # prompt tokens whose keys and values another request had already paid for
     generated_tokens: int = 0  # EOS included
     logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()  # at each position the likeliest (token, log-probability)
-    probability: float | None = None  # of the label that was chosen, among the labels
+    # Of the label that was chosen, among the labels: its share of the scores of all, or when it was decoded the product
+    # of its tokens' shares among those that the labels left open.
+    probability: float | None = None
     label_probabilities: tuple[float, ...] = ()  # of all labels, in order, summing to 1; of `score` alone
 
 
