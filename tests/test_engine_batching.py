@@ -383,6 +383,39 @@ def test_a_failing_step_fails_its_calls_and_not_the_next(folder, tmp_path):
     assert ids(engine.generate(requests[:1])) == ids(start(folder).generate(requests[:1]))
 
 
+def test_a_failing_call_fails_alone(folder, tmp_path):
+    """Whoever leads when a step fails, only the call with the broken adapter raises."""
+    broken = adapter(folder, tmp_path / "broken", 0)
+    (tmp_path / "broken" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))  # without its scale
+    fine = [asked(30, SamplingParams(temperature=1.0, max_new_tokens=30), seed=i) for i in range(3)]
+    bad = asked(2, SamplingParams(max_new_tokens=3), adapters=(broken,))
+    expected = [ids(start(folder).generate(part)) for part in fine]
+    engine = start(folder, batch_rows=24)
+    engine.generate(fine[0][:1])
+    found, raised = {}, []
+
+    def call(i):
+        found[i] = ids(engine.generate(fine[i]))
+
+    def call_bad():
+        try:
+            engine.generate(bad)
+        except KeyError as error:
+            raised.append(str(error))
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(3)]
+    threads.insert(1, threading.Thread(target=call_bad))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[i] for i in range(3)] == expected
+    assert raised == ["'lora_alpha'"]
+    assert engine.batch.idle
+    assert not engine.calls
+    assert not engine.alone
+
+
 def test_a_model_with_another_memory_is_refused(tmp_path):
     from transformers import MambaConfig
 

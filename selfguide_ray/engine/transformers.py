@@ -44,6 +44,10 @@ class Call:
     failed: bool = False
 
 
+class StepFailed(RuntimeError):
+    """A step failed that several calls took together; what was met is its context."""
+
+
 class TransformersEngine:
     """See `engine.Engine`."""
 
@@ -60,6 +64,8 @@ class TransformersEngine:
         AttentionInterface.register(self.attention_name, self.attention)
         self.turn = threading.Condition()
         self.leading = False  # whether a thread is at work on the batch
+        self.alone = False  # whether a call has the engine to itself
+        self.complete = False  # whether a call has got all its completions, and its thread may wait to hear of it
         self.arriving: deque[list[Row]] = deque()
         self.calls: set[Call] = set()
         self.waiting: dict[str, list[list[Row]]] = {}  # samples of requests, by the model that they need
@@ -151,28 +157,43 @@ class TransformersEngine:
     # --- calls
 
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
-        """See `engine.Engine`. One of the threads that are in here advances the rows of all."""
+        """See `engine.Engine`. One of the threads that are in here advances the rows of all.
+
+        When a step fails, nobody knows whose row was to blame: the calls that were in it begin again, one by one, and
+        the one that fails alone raises what it met.
+        """
+        try:
+            return self._answer(requests, alone=False)
+        except StepFailed:
+            return self._answer(requests, alone=True)
+
+    def _answer(self, requests: Sequence[Request], alone: bool) -> list[list[Completion]]:
         call = Call([[None] * request.params.n for request in requests], sum(r.params.n for r in requests))
         groups = [self._rows(call, index, request) for index, request in enumerate(requests)]
         with self.turn:
+            self.turn.wait_for(lambda: not self.alone and not (alone and self.calls))
+            self.alone = alone
             self.counters.requests += len(requests)
             self.calls.add(call)
             self.arriving.extend(groups)
-            while call.left and not call.failed:
-                if self.leading:
-                    self.turn.wait()
-                    continue
-                self.leading = True
-                self.turn.release()
-                try:
-                    self._lead(call)
-                finally:
-                    self.turn.acquire()
-                    self.leading = False
-                    self.turn.notify_all()
-            self.calls.discard(call)
+            try:
+                while call.left and not call.failed:
+                    if self.leading:
+                        self.turn.wait()
+                        continue
+                    self.leading = True
+                    self.turn.release()
+                    try:
+                        self._lead(call)
+                    finally:
+                        self.turn.acquire()
+                        self.leading = False
+            finally:
+                self.calls.discard(call)
+                self.alone = False if alone else self.alone
+                self.turn.notify_all()
         if call.failed:
-            raise RuntimeError("the engine failed at a step that it took for another call")
+            raise StepFailed
         return [[c for c in completions if c is not None] for completions in call.completions]
 
     def _rows(self, call: Call, index: int, request: Request) -> list[Row]:
@@ -186,7 +207,6 @@ class TransformersEngine:
         try:
             while call.left:
                 started = time.perf_counter()
-                others = len(self.calls)
                 self._take_in()
                 if self.batch is None or self.batch.idle:
                     name = next(iter(self.waiting), None)
@@ -197,18 +217,22 @@ class TransformersEngine:
                 self._feed()
                 self.batch.step()
                 self.counters.busy_seconds += time.perf_counter() - started
-                if len(self.calls) < others:
+                if self.complete:
                     with self.turn:
+                        self.complete = False
                         self.turn.notify_all()
             fine = True
         finally:
-            if not fine:  # what is in the batch cannot be trusted: all calls fail, and the next begins anew
+            if not fine:  # what is in the batch cannot be trusted: the next step begins anew
                 self._close()
-                self.waiting.clear()
-                self.arriving.clear()
-                for other in self.calls - {call}:
-                    other.failed = True
-                self.calls.clear()
+                with self.turn:
+                    self.waiting.clear()
+                    self.arriving.clear()
+                    others = self.calls - {call}
+                    for other in others:
+                        other.failed = True
+                if others:
+                    raise StepFailed
 
     def _take_in(self) -> None:
         """Sort what has arrived by the model it needs; a prompt that leaves no room in the context ends here."""
@@ -272,8 +296,7 @@ class TransformersEngine:
             counters.ideal_seconds += (row.prompt_tokens - row.cached) * self.ceiling.prompt_token
             counters.ideal_seconds += row.generated * self.ceiling.new_token
         call.left -= 1
-        if not call.left:
-            self.calls.discard(call)
+        self.complete |= not call.left
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
