@@ -15,7 +15,7 @@ from benchmarks.workload import SHAPES, Shape, Work, save_model
 from selfguide_ray.engine import Request
 
 RANK = 16
-WORK = Work(tasks=20, requests=8, prefix=300)  # a task for each adapter
+WORK = Work(tasks=20, requests=16)  # a task for each adapter
 ROWS = 128  # of our batch
 
 

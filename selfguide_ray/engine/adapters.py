@@ -150,7 +150,8 @@ class Adapters:
             self.mix = None
 
     def _blend(self, folders: Sequence[str]) -> None:
-        chosen = tuple(dict.fromkeys(folder for folder in folders if folder))
+        # In the order of their places, which rows that come and go do not change: what was picked for them stays good.
+        chosen = sorted({folder for folder in folders if folder}, key=self.places.__getitem__)
         tokens = [[i for i, folder in enumerate(folders) if folder == name] for name in chosen]
         most, device = max(map(len, tokens)), next(iter(self.stacks.values()))[0].device
         places = tuple(self.places[name] for name in chosen)

@@ -119,7 +119,7 @@ class SharedPrefixAttention:
         q = (query[0].transpose(0, 1) * scale).reshape(tokens, heads, -1, width)
         k, v = key[0].transpose(0, 1), value[0].transpose(0, 1)
         rules = Rules(sliding_window, softcap)
-        out, peak, total = _own(now, module.layer_idx, q, k, v, rules)
+        out, peak, total = _own(now, module.layer_idx, q, k, v, rules, s_aux is not None)
         for group in now.groups:
             mine = q if group.index is None else q[group.index]
             position = now.position if group.index is None else now.position[group.index]
@@ -163,7 +163,7 @@ def _prefix(q: torch.Tensor, key: torch.Tensor, value: torch.Tensor, position: t
     return tuple(x.view(heads, n, group, -1).transpose(0, 1) for x in parts)
 
 
-def _own(now: Pass, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rules: Rules) -> Part:
+def _own(now: Pass, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rules: Rules, sinks: bool) -> Part:
     """Write the tokens' keys and values [n, heads, width] to their rows; attend to what each may see there."""
     keys, values = now.store.layer(layer, k, v)
     rows, columns, seen = now.hidden.shape
@@ -185,6 +185,13 @@ def _own(now: Pass, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tenso
     if columns > 1:
         hidden = hidden.repeat(1, group, 1)
     hidden = hidden[:, None]  # [rows, 1, group * columns or 1, own tokens]
+    if columns > 1 and not now.groups and not now.block and rules.softcap is None and not sinks:
+        # Nothing to merge with: the fused kernel is quicker, and needs no weights in memory.
+        fused = torch.nn.functional.scaled_dot_product_attention(
+            padded, keys[:, :, :seen], values[:, :, :seen], attn_mask=~hidden, scale=1.0
+        )
+        out = fused.view(rows, heads, group, columns, -1).permute(0, 3, 1, 2, 4)[now.row, now.column].float()
+        return out, out.new_zeros(*out.shape[:-1], 1), out.new_ones(*out.shape[:-1], 1)
     block = now.block or seen
     part: Part | None = None
     for start in range(0, seen, block):

@@ -14,6 +14,7 @@ LAYERS = {"full_attention", "sliding_attention"}  # what our attention computes
 PREFIX, OWN = 40, 8  # tokens of the trial
 TOLERANCE, HALF_TOLERANCE = 1e-3, 0.05  # relative difference of logits, in float32 and in half precision
 CPU_GIB, GPU_SHARE = 1.0, 0.85
+WORKSPACE = 1 / 8  # of the memory for keys and values is left to what a pass needs besides
 PATIENCE = 0.5  # seconds: a pass that takes longer is not measured again
 
 
@@ -98,12 +99,12 @@ def _consecutive(store: Store, start: int, stop: int, offset: int, device: torch
 
 
 def tokens_that_fit(bytes_per_token: int, gib: float | None, device: torch.device) -> int:
-    """Tokens whose keys and values the setting has room for."""
+    """Tokens whose keys and values the setting has room for, less what passes need besides."""
     if gib is None and device.type == "cuda":
         room = GPU_SHARE * torch.cuda.mem_get_info(device)[0]
     else:
         room = (CPU_GIB if gib is None else gib) * 1024**3
-    return max(1, int(room / bytes_per_token))
+    return max(1, int(room * (1 - WORKSPACE) / bytes_per_token))
 
 
 @torch.inference_mode()
