@@ -47,11 +47,13 @@ def generation(arguments: argparse.Namespace) -> Measured:
         }
         if not arguments.quick:
             from benchmarks.adapters import adapters
-            from benchmarks.identity import row_identity
+            from benchmarks.identity import FEW, row_identity
             from benchmarks.memory import growth, memory
 
             more = {
                 "row_identity": row_identity(Path(temporary), arguments.threads),
+                "row_identity_bfloat16": row_identity(Path(temporary), arguments.threads, FEW, dtype="bfloat16"),
+                "row_identity_strict": row_identity(Path(temporary), arguments.threads, FEW, strict=True),
                 "adapters": adapters(Path(temporary), arguments.threads, arguments.repeats),
                 "memory": memory(Path(temporary), arguments.threads),
                 "growth": growth(Path(temporary), arguments.threads),

@@ -3,6 +3,7 @@
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import Measured
@@ -13,11 +14,17 @@ from selfguide_ray.engine import Request, make_engine
 
 # Short, so that there can be many: 10,240 rows.
 ROWS = Work(tasks=160, requests=64, prefix=60, suffix=(5, 20), new_tokens=8)
+FEW = replace(ROWS, tasks=16)  # 1,024 rows, where each is slow
 CALLS = (1, 2000)  # requests of a call, least and most
 
 
 def row_identity(
-    temporary: Path, threads: int, work: Work = ROWS, shape: Shape = SHAPES["3M"], strict: bool = False
+    temporary: Path,
+    threads: int,
+    work: Work = ROWS,
+    shape: Shape = SHAPES["3M"],
+    dtype: str = "float32",
+    strict: bool = False,
 ) -> Measured:
     """Sampled rows in one call, in order, in batches of 64, against shuffled, in many calls, in batches of 32."""
     folder = save_model(temporary / f"identity_{shape.layers}_{shape.hidden}", shape)
@@ -28,7 +35,7 @@ def row_identity(
     started = time.perf_counter()
 
     def generate(rows: int, calls: Sequence[Sequence[Request]]) -> list[Ids]:
-        student = Student(model=str(folder), batch_rows=rows, dtype="float32", strict=strict)
+        student = Student(model=str(folder), batch_rows=rows, dtype=dtype, strict=strict)
         engine = make_engine(student, Cluster(cpus_per_engine=threads))
         return [completion.ids for call in calls for (completion,) in engine.generate(call)]
 
@@ -40,8 +47,9 @@ def row_identity(
         start += size
     shuffled = dict(zip(order, generate(32, calls), strict=True))
     pairs = [(ids, shuffled[i]) for i, ids in enumerate(in_order)]
+    mode = f"{dtype}, strict" if strict else dtype
     return {
-        "work": f"{work}, temperature 1; {shape.layers} layers, hidden {shape.hidden}; {len(calls)} calls",
+        "work": f"{work}, temperature 1, {mode}; {shape.layers} layers, hidden {shape.hidden}; {len(calls)} calls",
         "rows": len(pairs),
         "rows_differing": sum(a != b for a, b in pairs),
         "tokens": sum(map(len, in_order)),
