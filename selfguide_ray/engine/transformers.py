@@ -204,6 +204,8 @@ class TransformersEngine:
     def _lead(self, call: Call) -> None:
         """Step until the call is complete, taking in what other threads ask meanwhile."""
         fine = False
+        # Weights of far keys are denormal numbers, with which a CPU is slow, and which weigh nothing. Set for a thread.
+        torch.set_flush_denormal(True)
         try:
             while call.left:
                 started = time.perf_counter()
@@ -223,6 +225,7 @@ class TransformersEngine:
                         self.turn.notify_all()
             fine = True
         finally:
+            torch.set_flush_denormal(False)
             if not fine:  # what is in the batch cannot be trusted: the next step begins anew
                 self._close()
                 with self.turn:
