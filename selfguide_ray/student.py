@@ -106,6 +106,10 @@ class StudentTokenizer:
         added = [token.content for token in self.hf.added_tokens_decoder.values() if token.special]
         self.special_tokens = tuple(dict.fromkeys([*self.hf.all_special_tokens, *added]))
 
+    def eos_ids(self, named: int | list[int] | None) -> set[int]:
+        """Tokens that end a text: the tokenizer's, and those that a model names besides."""
+        return {self.hf.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
+
     def encode(self, text: str) -> list[int]:
         """Token ids; special tokens in the text are parsed, none is added."""
         return self.hf.encode(text, add_special_tokens=False)

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "selfguide_ray"
 
 ENGINE = [
-    "sampling", "labels", "attention", "prefixes", "rows", "adapters", "batching", "cached", "trial",
+    "sampling", "labels", "attention", "prefixes", "rows", "adapters", "batching", "cached", "trial", "turns",
     "transformers", "vllm", "vllm_requests", "vllm_settings", "scripted",
 ]  # fmt: skip
 # From the bottom up; a module imports from lower rows only. A row marked "apart" holds modules that never meet.

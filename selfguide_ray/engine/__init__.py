@@ -12,6 +12,8 @@ from typing import Literal, Protocol
 from selfguide_ray.config import Cluster, Student
 from selfguide_ray.schema import Tokenizer
 
+CPU_KV_GIB = 1.0  # what `student.kv_memory_gib` is on a CPU unless it is given
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -106,6 +108,11 @@ class Engine(Protocol):
 
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """For each request its n completions, in order. Several threads may call; their requests share batches."""
+
+
+def before_stop(text: str, stops: Sequence[str]) -> str:
+    """The text up to the first of the stop strings."""
+    return text[: min([at for at in map(text.find, stops) if at >= 0], default=len(text))]
 
 
 def share_prefix(prompts: Sequence[tuple[int, ...]]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-BLOCK = 64  # own keys summed at a time in strict mode
-
 
 class Store:
     """Keys and values [rows, heads, tokens, width] of each layer. Layers appear when they are first written."""

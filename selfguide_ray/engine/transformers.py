@@ -6,7 +6,6 @@ pass; a model that fails it, because its attention is of another kind, is served
 """
 
 import functools
-import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -19,13 +18,14 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from selfguide_ray.config import Student
-from selfguide_ray.engine import Completion, Counters, Request, SamplingParams
+from selfguide_ray.engine import Completion, Counters, Request, SamplingParams, before_stop
 from selfguide_ray.engine.adapters import Adapters
 from selfguide_ray.engine.attention import SharedPrefixAttention
 from selfguide_ray.engine.batching import Batch, Bounds
 from selfguide_ray.engine.cached import CachedBatches
 from selfguide_ray.engine.rows import Row
 from selfguide_ray.engine.trial import Ceiling, Probe, measure_ceiling, probe, tokens_that_fit
+from selfguide_ray.engine.turns import Turns
 from selfguide_ray.schema import row_seed
 from selfguide_ray.student import StudentTokenizer, context_of, locate
 
@@ -62,8 +62,7 @@ class TransformersEngine:
         self.attention = SharedPrefixAttention()
         self.attention_name = f"selfguide_shared_prefix_{id(self)}"
         AttentionInterface.register(self.attention_name, self.attention)
-        self.turn = threading.Condition()
-        self.leading = False  # whether a thread is at work on the batch
+        self.turn = Turns()
         self.alone = False  # whether a call has the engine to itself
         self.complete = False  # whether a call has got all its completions, and its thread may wait to hear of it
         self.arriving: deque[list[Row]] = deque()
@@ -112,7 +111,7 @@ class TransformersEngine:
     def eos_ids(self) -> set[int]:
         """Tokens that end a row: the tokenizer's and those the model names."""
         named = self.base.generation_config.eos_token_id
-        return {self.tokenizer.hf.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
+        return self.tokenizer.eos_ids(named)
 
     def _load(self, location: str) -> torch.nn.Module:
         model = AutoModelForCausalLM.from_pretrained(
@@ -177,17 +176,7 @@ class TransformersEngine:
             self.calls.add(call)
             self.arriving.extend(groups)
             try:
-                while call.left and not call.failed:
-                    if self.leading:
-                        self.turn.wait()
-                        continue
-                    self.leading = True
-                    self.turn.release()
-                    try:
-                        self._lead(call)
-                    finally:
-                        self.turn.acquire()
-                        self.leading = False
+                self.turn.advance(lambda: not call.left or call.failed, lambda: self._lead(call))
             finally:
                 self.calls.discard(call)
                 self.alone = False if alone else self.alone
@@ -276,11 +265,8 @@ class TransformersEngine:
     def _leave(self, row: Row) -> None:
         """Put a row that has ended into its call."""
         call, index, sample = row.home
-        text = self.tokenizer.decode(row.ids)
-        stops = () if row.params.labels else row.params.stops
-        cut = min([at for at in map(text.find, stops) if at >= 0], default=len(text))
         call.completions[index][sample] = Completion(
-            text=text[:cut],
+            text=before_stop(self.tokenizer.decode(row.ids), () if row.params.labels else row.params.stops),
             ids=tuple(row.ids),
             logprob=row.logprob,
             finish_reason=row.finish_reason,

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache
 
+from selfguide_ray.engine import CPU_KV_GIB
 from selfguide_ray.engine.attention import Group, Pass, SharedPrefixAttention, Store, forward
 from selfguide_ray.errors import SelfGuideError
 
 LAYERS = {"full_attention", "sliding_attention"}  # what our attention computes
 PREFIX, OWN = 40, 8  # tokens of the trial
 TOLERANCE, HALF_TOLERANCE = 1e-3, 0.05  # relative difference of logits, in float32 and in half precision
-CPU_GIB, GPU_SHARE = 1.0, 0.85
+GPU_SHARE = 0.85
 WORKSPACE = 1 / 8  # of the memory for keys and values is left to what a pass needs besides
 PATIENCE = 0.5  # seconds: a pass that takes longer is not measured again
 
@@ -103,7 +104,7 @@ def tokens_that_fit(bytes_per_token: int, gib: float | None, device: torch.devic
     if gib is None and device.type == "cuda":
         room = GPU_SHARE * torch.cuda.mem_get_info(device)[0]
     else:
-        room = (CPU_GIB if gib is None else gib) * 1024**3
+        room = (CPU_KV_GIB if gib is None else gib) * 1024**3
     return max(1, int(room * (1 - WORKSPACE) / bytes_per_token))
 
 

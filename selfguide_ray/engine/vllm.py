@@ -16,7 +16,6 @@ import gc
 import itertools
 import json
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from selfguide_ray.config import Cluster, Student
 from selfguide_ray.engine import Completion, Counters, Request
+from selfguide_ray.engine.turns import Turns
 from selfguide_ray.engine.vllm_requests import Answer, Question, complete, questions, read
 from selfguide_ray.engine.vllm_settings import RANKS, arguments, check_settings, dtype_of, parallel_of, set_environment
 from selfguide_ray.errors import SelfGuideError
@@ -96,8 +96,7 @@ class VllmEngine:
         limit = student.vllm.get("max_model_len") or -1  # -1 leaves it to the memory
         self.context = min(context_of(student), limit) if limit > 0 else context_of(student)
         self.counters = Counters()
-        self.turn = threading.Condition()
-        self.leading = False  # whether a thread is at work in vLLM
+        self.turn = Turns()
         self.broken = False
         self.calls: set[Call] = set()
         self.arriving: deque[Job] = deque()
@@ -122,7 +121,7 @@ class VllmEngine:
             named = GenerationConfig.from_pretrained(self.location).eos_token_id
         except OSError:  # without such a file, the model's own settings hold it
             named = AutoConfig.from_pretrained(self.location, trust_remote_code=trust).get_text_config().eos_token_id
-        return {self.tokenizer.hf.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
+        return self.tokenizer.eos_ids(named)
 
     def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """See `engine.Engine`. Requests of an adapter and a prefix go in together, so that they find it cached."""
@@ -177,18 +176,7 @@ class VllmEngine:
 
     def _wait(self, call: Call) -> None:
         """Return when the call is answered, by this thread's work or another's. To be called with `turn`."""
-        while call.left and not call.failed:
-            if self.leading:
-                self.turn.wait()
-                continue
-            self.leading = True
-            self.turn.release()
-            try:
-                self._lead(call)
-            finally:
-                self.turn.acquire()
-                self.leading = False
-                self.turn.notify_all()
+        self.turn.advance(lambda: not call.left or call.failed, lambda: self._lead(call))
         if call.failed:
             raise RuntimeError("vLLM failed at work for another call")
 

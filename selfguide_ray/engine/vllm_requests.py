@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from selfguide_ray.engine import Completion, Request, SamplingParams
+from selfguide_ray.engine import Completion, Request, SamplingParams, before_stop
 from selfguide_ray.engine.labels import LabelTree, draw_label, label_tree
 from selfguide_ray.schema import row_seed
 from selfguide_ray.student import StudentTokenizer
@@ -217,6 +217,5 @@ class _Completions:
     ) -> Completion:
         """A completion whose ids may still hold an EOS and whose text a stop string."""
         ids = ids[:-1] if ids and ids[-1] in self.eos_ids else ids
-        text = self.tokenizer.decode(ids)
-        cut = min([at for at in map(text.find, stops) if at >= 0], default=len(text))
-        return Completion(text[:cut], ids, logprob, finish_reason, self.tokens, **more)
+        text = before_stop(self.tokenizer.decode(ids), stops)
+        return Completion(text, ids, logprob, finish_reason, self.tokens, **more)

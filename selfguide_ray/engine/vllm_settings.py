@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from selfguide_ray.config import Cluster, Student
+from selfguide_ray.engine import CPU_KV_GIB
 from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.student import context_of, locate
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for the highest rank of an adapter
 ADAPTERS_IN_A_STEP = 8  # each place costs memory and time in every step, used or not
-CPU_KV_GIB = 1.0
 GPU_SHARE = 0.9  # of the memory of the engine's share of a GPU: weights, activations, keys and values
 FIXED = ("model", "tokenizer", "max_num_seqs", "enable_lora", "logprobs_mode", "structured_outputs_config")
 
