@@ -5,7 +5,7 @@ for all rows that share it, and to its row's own keys and values; the two softma
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -46,11 +46,31 @@ class Store:
 
 
 @dataclass
-class Group:
-    """Tokens of a pass (`index`, None for all) that attend to one prefix: a Store of one row."""
+class Sharing:
+    """Which tokens of a pass attend to which prefix: `groups` are prefixes (Stores of one row, or None) and how many tokens.
 
-    prefix: Store
-    index: torch.Tensor | None = None
+    They name the tokens one group after another, in `order` [n], or as the pass has them where that is None; token i is
+    the `place[i]`-th of the order.
+    """
+
+    groups: list[tuple[Store | None, int]]
+    order: torch.Tensor | None = None
+    place: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, prefixes: Sequence[Store | None], device: torch.device) -> "Sharing | None":
+        """Made of the prefix of each token; None where no token has one."""
+        members: dict[int, list[int]] = {}
+        for token, prefix in enumerate(prefixes):
+            members.setdefault(id(prefix), []).append(token)
+        groups = [(prefixes[tokens[0]], len(tokens)) for tokens in members.values()]
+        if all(prefix is None for prefix, _ in groups):
+            return None
+        order = [token for tokens in members.values() for token in tokens]
+        if order == list(range(len(order))):
+            return cls(groups)
+        index = torch.tensor(order, device=device)
+        return cls(groups, index, index.argsort())
 
 
 @dataclass
@@ -71,9 +91,14 @@ class Pass:
     position: torch.Tensor
     own_position: torch.Tensor
     column: torch.Tensor | None = None  # None: one token for each row, in order
-    groups: list[Group] = field(default_factory=list)
+    sharing: Sharing | None = None  # None: no token attends to a prefix
     block: int | None = None  # own keys summed at a time; None is all at once
 
+
+# Attention in one kernel that also tells the logarithm of its sum of weights: half as long again as two products on a CPU.
+FUSED = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+
+LOWEST = torch.finfo(torch.float32).min  # peak of a part without any key, so that its weights are 0 and not NaN
 
 Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # weighted values, peak score and sum of weights of a softmax
 
@@ -92,6 +117,8 @@ class SharedPrefixAttention:
     def __init__(self) -> None:
         self.now: Pass | None = None
         self.calls = 0
+        self.last: int | None = None  # the number of the layer that attends last, once it is known
+        self.writing = False  # whether a pass is over once its keys and values are written
 
     def __call__(
         self,
@@ -117,16 +144,12 @@ class SharedPrefixAttention:
         q = (query[0].transpose(0, 1) * scale).reshape(tokens, heads, -1, width)
         k, v = key[0].transpose(0, 1), value[0].transpose(0, 1)
         rules = Rules(sliding_window, softcap)
-        out, peak, total = _own(now, module.layer_idx, q, k, v, rules, s_aux is not None)
-        for group in now.groups:
-            mine = q if group.index is None else q[group.index]
-            position = now.position if group.index is None else now.position[group.index]
-            part = _prefix(mine, *group.prefix.layers[module.layer_idx], position, rules)
-            if group.index is None:
-                out, peak, total = _merge((out, peak, total), part)
-            else:
-                merged = _merge((out[group.index], peak[group.index], total[group.index]), part)
-                out[group.index], peak[group.index], total[group.index] = merged
+        stored = _write(now, module.layer_idx, k, v)
+        if self.writing and module.layer_idx == self.last:
+            raise _Written
+        out, peak, total = _own(now, q, *stored, rules, s_aux is not None)
+        if now.sharing is not None:
+            out, peak, total = _merge((out, peak, total), _shared(now, module.layer_idx, q, rules))
         if s_aux is not None:  # a learned score that takes weight and has no value
             total = total + torch.exp(s_aux.view(1, heads, -1, 1).float() - peak)
         return (out / total).to(query.dtype).reshape(1, tokens, -1, out.shape[-1]), None
@@ -143,16 +166,42 @@ def _weigh(scores: torch.Tensor, value: torch.Tensor, hidden: torch.Tensor | Non
         scores = torch.tanh(scores / rules.softcap) * rules.softcap
     if hidden is not None:
         scores = scores.masked_fill_(hidden, -torch.inf)
-    # A part without any key has the lowest finite peak, so that its weights are 0 and not NaN.
-    peak = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
+    peak = scores.amax(-1, keepdim=True).clamp_(min=LOWEST)
     weights = scores.sub_(peak).exp_()
     return torch.matmul(weights.to(dtype), value).float(), peak, weights.sum(-1, keepdim=True)
+
+
+def _shared(now: Pass, layer: int, q: torch.Tensor, rules: Rules) -> Part:
+    """Each token of q [n, heads, group, width] over its prefix; one without a prefix weighs nothing."""
+    sharing, position, start = now.sharing, now.position, 0
+    assert sharing is not None
+    if sharing.order is not None:
+        q, position = q.index_select(0, sharing.order), position.index_select(0, sharing.order)
+    parts: list[Part] = []
+    for prefix, count in sharing.groups:
+        mine = q[start : start + count]
+        if prefix is None:
+            none = mine.new_zeros(*mine.shape[:-1], 1, dtype=torch.float32)
+            parts.append((torch.zeros_like(mine, dtype=torch.float32), none + LOWEST, none))
+        else:
+            parts.append(_prefix(mine, *prefix.layers[layer], position[start : start + count], rules))
+        start += count
+    part = parts[0] if len(parts) == 1 else tuple(torch.cat(pieces) for pieces in zip(*parts, strict=True))
+    if sharing.place is None:
+        return part
+    return tuple(x.index_select(0, sharing.place) for x in part)
 
 
 def _prefix(q: torch.Tensor, key: torch.Tensor, value: torch.Tensor, position: torch.Tensor, rules: Rules) -> Part:
     """q [n, heads, group, width] over a prefix's keys and values [1, heads, tokens, width]."""
     n, heads, group, width = q.shape
-    scores = torch.matmul(q.transpose(0, 1).reshape(heads, n * group, width), key[0].transpose(-1, -2))
+    packed = q.transpose(0, 1).reshape(heads, n * group, width)
+    if FUSED is not None and q.device.type == "cpu" and rules == Rules(None, None) and value.shape[-1] == width:
+        # A whole softmax is a part whose weights sum to one at the logarithm of their sum.
+        out, peak = FUSED(packed[None], key, value, scale=1.0)
+        parts = out[0].float(), peak[0, :, :, None], torch.ones_like(peak[0, :, :, None])
+        return tuple(x.view(heads, n, group, -1).transpose(0, 1) for x in parts)
+    scores = torch.matmul(packed, key[0].transpose(-1, -2))
     hidden = None
     if rules.window is not None:
         far = torch.arange(key.shape[2], device=q.device) <= (position - rules.window)[:, None]
@@ -161,13 +210,18 @@ def _prefix(q: torch.Tensor, key: torch.Tensor, value: torch.Tensor, position: t
     return tuple(x.view(heads, n, group, -1).transpose(0, 1) for x in parts)
 
 
-def _own(now: Pass, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rules: Rules, sinks: bool) -> Part:
-    """Write the tokens' keys and values [n, heads, width] to their rows; attend to what each may see there."""
+def _write(now: Pass, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write the tokens' keys and values [n, heads, width] to their rows; returns all that those rows hold."""
     keys, values = now.store.layer(layer, k, v)
+    rows, row = now.hidden.shape[0], now.first + now.row
+    keys[row, :, now.slot] = k
+    values[row, :, now.slot] = v
+    return keys[now.first : now.first + rows], values[now.first : now.first + rows]
+
+
+def _own(now: Pass, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rules: Rules, sinks: bool) -> Part:
+    """Each token of q [n, heads, group, width] over what it may see of its row's keys and values."""
     rows, columns, seen = now.hidden.shape
-    keys[now.first + now.row, :, now.slot] = k
-    values[now.first + now.row, :, now.slot] = v
-    keys, values = keys[now.first : now.first + rows], values[now.first : now.first + rows]
     _, heads, group, width = q.shape
     if now.column is None:
         padded = q
@@ -183,7 +237,7 @@ def _own(now: Pass, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tenso
     if columns > 1:
         hidden = hidden.repeat(1, group, 1)
     hidden = hidden[:, None]  # [rows, 1, group * columns or 1, own tokens]
-    if columns > 1 and not now.groups and not now.block and rules.softcap is None and not sinks:
+    if columns > 1 and now.sharing is None and not now.block and rules.softcap is None and not sinks:
         # Nothing to merge with: the fused kernel is quicker, and needs no weights in memory.
         fused = torch.nn.functional.scaled_dot_product_attention(
             padded, keys[:, :, :seen], values[:, :, :seen], attn_mask=~hidden, scale=1.0
@@ -210,22 +264,28 @@ def _merge(a: Part, b: Part) -> Part:
     return a[0] * left + b[0] * right, peak, a[2] * left + b[2] * right
 
 
+class _Written(Exception):
+    """The last layer has its keys and values."""
+
+
 def forward(
-    attention: SharedPrefixAttention,
-    model: torch.nn.Module,
-    ids: torch.Tensor,
-    now: Pass,
-    keep: torch.Tensor | int,
+    attention: SharedPrefixAttention, model: torch.nn.Module, ids: torch.Tensor, now: Pass, keep: torch.Tensor | int
 ) -> torch.Tensor:
     """Logits [kept tokens, vocabulary] of a pass over packed token ids [n]; `keep` are the tokens wanted, 0 is all."""
     attention.now = now
     try:
-        output = model(
-            input_ids=ids[None],
-            position_ids=now.position[None],
-            use_cache=False,
-            logits_to_keep=keep,
-        )
+        output = model(input_ids=ids[None], position_ids=now.position[None], use_cache=False, logits_to_keep=keep)
     finally:
         attention.now = None
     return output.logits[0]
+
+
+def write(attention: SharedPrefixAttention, model: torch.nn.Module, ids: torch.Tensor, now: Pass) -> None:
+    """A pass of which only keys and values are wanted: what the last layer does with them is left out."""
+    attention.writing = True
+    try:
+        forward(attention, model, ids, now, 1)
+    except _Written:
+        pass
+    finally:
+        attention.writing = False

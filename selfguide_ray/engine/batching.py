@@ -12,7 +12,7 @@ import torch
 
 from selfguide_ray.engine import Counters
 from selfguide_ray.engine.adapters import Adapters
-from selfguide_ray.engine.attention import Group, Pass, SharedPrefixAttention, Store, forward
+from selfguide_ray.engine.attention import Pass, SharedPrefixAttention, Sharing, Store, forward, write
 from selfguide_ray.engine.prefixes import Prefix, Prefixes
 from selfguide_ray.engine.rows import Advance, Entry, Key, Row, next_tokens, score_labels
 
@@ -153,13 +153,13 @@ class Batch:
             for name in dropped:
                 self.prefixes.forget(name)
         prefix, computed = self.prefixes.get(
-            adapter, ids, self.device, lambda tokens, now: self._compute(tokens, now, [adapter] * len(tokens))
+            adapter, ids, self.device, lambda tokens, now: self._compute(tokens, now, [adapter] * len(tokens), None)
         )
         prefix.users += len(entry.rows)
         for i, row in enumerate(entry.rows):
             row.prefix = prefix
             if not row.ids:
-                mine = computed + len(row.request.suffix) if i == 0 else 0
+                mine = computed + len(row.request.suffix) if i == 0 else int(not entry.scored)
                 row.cached = max(0, len(ids) + len(row.request.suffix) - mine)
         return True
 
@@ -173,61 +173,54 @@ class Batch:
     # --- passes
 
     def _compute(
-        self, ids: Sequence[int], now: Pass, adapters: Sequence[str], keep: Sequence[int] | None = None
-    ) -> torch.Tensor:
-        """Logits [kept, vocabulary] of a pass over packed tokens and the adapter of each; by default the last one's."""
-        kept = self._tensor([len(ids) - 1] if keep is None else keep)
+        self, ids: Sequence[int], now: Pass, adapters: Sequence[str], keep: Sequence[int] | None
+    ) -> torch.Tensor | None:
+        """Logits [kept, vocabulary] of a pass over packed tokens and the adapter of each; None if none are wanted."""
         with self.adapters.use(adapters) if self.adapters else contextlib.nullcontext():
-            return forward(self.attention, self.model, self._tensor(ids), now, kept)
+            if keep is None:
+                return write(self.attention, self.model, self._tensor(ids), now)
+            return forward(self.attention, self.model, self._tensor(ids), now, self._tensor(keep))
 
     def _tensor(self, values: Sequence[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)
 
     def _prefill(self, wave: list[Entry]) -> None:
-        """Keys and values of the entries' own tokens, and their first new ones."""
+        """Keys and values of the entries' own tokens but the last, which decoding computes; scores of labels."""
         first = len(self.rows)
-        wave.sort(key=lambda entry: len(entry.columns))
-        logits = [piece for entries in self._packs(wave) for piece in self._prefill_pack(first, entries, wave)]
-        last = []
-        for entry, behind in zip(wave, logits, strict=True):
-            if entry.scored:
-                score_labels(entry.rows, entry.scored, behind, self.advance)
-            last.append(behind[0])
-        sources = [i for i, entry in enumerate(wave) for _ in entry.rows[1:]]
+        wave.sort(key=lambda entry: (entry.scored is None, len(entry.columns)))
+        for numbers in self._packs(wave):
+            self._prefill_pack(first, numbers, wave)
         for entry in wave:
             for row in entry.rows:
-                row.own = len(entry.own)
+                row.own = len(entry.own) - 1
+        sources = [first + i for i, entry in enumerate(wave) for _ in entry.rows[1:]]
         self.rows += [entry.rows[0] for entry in wave] + [row for entry in wave for row in entry.rows[1:]]
         if sources:
             targets = range(first + len(wave), len(self.rows))
-            self.store.copy([first + i for i in sources], targets, max(len(entry.own) for entry in wave))
-        going = [i for i in range(first, len(self.rows)) if not self.rows[i].finish_reason]
-        if going:
-            order = [*range(len(wave)), *sources]
-            next_tokens(
-                [self.rows[i] for i in going], torch.stack(last)[[order[i - first] for i in going]], self.advance
-            )
+            self.store.copy(sources, targets, max(self.rows[i].own for i in sources))
         self._part()
 
     def _packs(self, wave: list[Entry]) -> Iterator[range]:
-        """Entries of the wave, by number, that are prefilled in one pass; in strict mode each alone."""
+        """Entries of the wave, by number, that are prefilled in one pass; in strict mode each alone.
+
+        Those whose labels are scored have passes of their own; those with a single token need none.
+        """
         start = 0
         while start < len(wave):
             stop = start + 1
             while (
                 not self.bounds.strict
                 and stop < len(wave)
+                and (wave[start].scored is None) == (wave[stop].scored is None)
                 and (stop + 1 - start) * len(wave[stop].columns) <= self.bounds.prefill
             ):
                 stop += 1
-            yield range(start, stop)
+            if wave[stop - 1].columns:
+                yield range(start, stop)
             start = stop
 
-    def _prefill_pack(self, first: int, numbers: range, wave: list[Entry]) -> list[torch.Tensor]:
-        """Prefill some entries side by side, a long one alone and in pieces.
-
-        Returns for each its logits [1 + inner nodes, vocabulary] behind its own tokens and behind each node.
-        """
+    def _prefill_pack(self, first: int, numbers: range, wave: list[Entry]) -> None:
+        """Prefill some entries side by side, a long one alone and in pieces; label those that are scored."""
         entries = [wave[i] for i in numbers]
         longest = max(len(entry.columns) for entry in entries)
         piece = STRICT_PIECE if self.bounds.strict else max(self.bounds.prefill, 1)
@@ -243,9 +236,9 @@ class Batch:
             slots = self._tensor(column) + start
             rows = self._tensor(row)
             adapters = [entries[i].key[0] for i in row]
-            wanted = [
+            wanted = [  # behind its own tokens, and behind each inner node of the tree
                 at for at, (i, c) in enumerate(zip(row, column, strict=True))
-                if len(entries[i].own) - 1 <= start + c < len(entries[i].columns)
+                if entries[i].scored and len(entries[i].own) - 1 <= start + c < len(entries[i].columns)
             ]  # fmt: skip
             now = Pass(
                 store=self.store,
@@ -256,13 +249,16 @@ class Batch:
                 position=position[rows, slots],
                 own_position=position,
                 column=self._tensor(column),
-                groups=self._groups([entries[i].rows[0].prefix for i in row]),
+                sharing=self._sharing([entries[i].rows[0].prefix for i in row]),
                 block=QUANTUM if self.bounds.strict else None,
             )
             logits = self._compute([t for tokens in columns for t in tokens], now, adapters, wanted or None)
-            for at, line in zip(wanted, logits, strict=False):
-                found[row[at]].append(line)
-        return [torch.stack(lines) for lines in found]
+            if logits is not None:
+                for at, line in zip(wanted, logits, strict=True):
+                    found[row[at]].append(line)
+        for entry, lines in zip(entries, found, strict=True):
+            if entry.scored:
+                score_labels(entry.rows, entry.scored, torch.stack(lines), self.advance)
 
     def _hidden(self, entry: Entry, total: int) -> torch.Tensor:
         """Which of an entry's tokens [total, total] do not attend to which: later ones, and other branches of the tree."""
@@ -282,17 +278,11 @@ class Batch:
             positions[len(entry.own) : len(entry.columns)] = start + len(entry.own) - 1 + depths
         return positions
 
-    def _groups(self, prefixes: Sequence[Prefix | None]) -> list[Group]:
+    def _sharing(self, prefixes: Sequence[Prefix | None]) -> Sharing | None:
         """Which tokens of a pass, given the prefix of each, attend to which prefix."""
-        places: dict[int, list[int]] = {}
-        for i, prefix in enumerate(prefixes):
-            places.setdefault(id(prefix), []).append(i)
-        groups = []
-        for members in places.values():
-            prefix = prefixes[members[0]]
-            if prefix is not None and prefix.ids:
-                groups.append(Group(prefix.store, None if len(places) == 1 else self._tensor(members)))
-        return groups
+        return Sharing.of(
+            [prefix.store if prefix is not None and prefix.ids else None for prefix in prefixes], self.device
+        )
 
     def _decode(self) -> None:
         """Another token for every row."""
@@ -303,7 +293,7 @@ class Batch:
         shown = [*rows, *rows[:1] * idle]  # rows that are not there compute what the first computes, unseen
         own = self._tensor([row.own for row in shown])
         start = self._tensor([len(row.request.prefix) for row in shown])
-        seen = -(-(max(row.own for row in rows) + 1) // 32) * 32
+        seen = -(-(max(row.own for row in rows) + 1) // 16) * 16
         seen = min(-(-seen // QUANTUM) * QUANTUM if self.bounds.strict else seen, self.store.tokens)
         places = torch.arange(seen, device=self.device)
         now = Pass(
@@ -314,11 +304,12 @@ class Batch:
             hidden=(places > own[:, None])[:, None],
             position=start + own,
             own_position=start[:, None] + places,
-            groups=self._groups([row.prefix for row in shown]),
+            sharing=self._sharing([row.prefix for row in shown]),
             block=QUANTUM if self.bounds.strict else None,
         )
         adapters = [row.request.adapter or "" for row in shown]
-        logits = self._compute([row.ids[-1] for row in shown], now, adapters, range(len(shown)))
+        logits = self._compute([row.last for row in shown], now, adapters, range(len(shown)))
+        assert logits is not None
         for row in rows:
             row.own += 1
         self.counters.steps += 1

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from selfguide_ray.engine.attention import Group, Pass, Store
+from selfguide_ray.engine.attention import Pass, Store
 
 Compute = Callable[[Sequence[int], Pass], object]
 
@@ -20,10 +20,6 @@ class Prefix:
     def __init__(self, ids: tuple[int, ...]) -> None:
         self.ids, self.users = ids, 0
         self.store = Store(1, len(ids))
-
-    def group(self, index: torch.Tensor | None) -> list[Group]:
-        """What a pass needs to know; nothing for the empty prefix."""
-        return [Group(self.store, index)] if self.ids else []
 
 
 class Prefixes:

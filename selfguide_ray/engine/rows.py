@@ -39,6 +39,11 @@ class Row:
         """Tokens of its prompt."""
         return len(self.request.prefix) + len(self.request.suffix)
 
+    @property
+    def last(self) -> int:
+        """Its last token, which has no keys and values yet."""
+        return (self.ids or self.request.suffix)[-1]
+
 
 Advance = Callable[[Row, int], None]  # adds a token to a row; sets its finish_reason where it ends
 
@@ -60,8 +65,8 @@ class Entry:
 
     @property
     def columns(self) -> list[int]:
-        """The tokens to prefill: its own, and behind them the inner nodes of the tree of labels that are to be scored."""
-        return [*self.own, *self.scored.tokens[1:]] if self.scored else self.own
+        """The tokens to prefill: its own but the last; or all, and the inner nodes of the tree of labels to be scored."""
+        return [*self.own, *self.scored.tokens[1:]] if self.scored else self.own[:-1]
 
 
 def next_tokens(rows: Sequence[Row], logits: torch.Tensor, advance: Advance) -> None:

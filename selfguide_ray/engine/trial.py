@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache
 
 from selfguide_ray.engine import CPU_KV_GIB
-from selfguide_ray.engine.attention import Group, Pass, SharedPrefixAttention, Store, forward
+from selfguide_ray.engine.attention import Pass, SharedPrefixAttention, Sharing, Store, forward, write
 from selfguide_ray.errors import SelfGuideError
 
 LAYERS = {"full_attention", "sliding_attention"}  # what our attention computes
@@ -55,7 +55,7 @@ def probe(model: torch.nn.Module, attention: SharedPrefixAttention, name: str) -
     bytes_per_token = sum(sizes) * layers[0].keys.element_size()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     before = model.config._attn_implementation
-    shared = kinds <= LAYERS and _agrees(model, attention, name, ids, output.logits[0, PREFIX - 1 :].float())
+    shared = kinds <= LAYERS and _agrees(model, attention, name, ids, output.logits[0].float())
     if not shared:
         model.set_attn_implementation(before)
     return Probe(shared, bytes_per_token)
@@ -70,15 +70,17 @@ def _agrees(
         model.set_attn_implementation(name)
         prefix, store = Store(1, PREFIX), Store(2, OWN)
         half = PREFIX // 2
-        forward(attention, model, ids[:half], _consecutive(prefix, 0, half, 0, ids.device), 1)
-        logits = [forward(attention, model, ids[half:PREFIX], _consecutive(prefix, half, PREFIX, 0, ids.device), 1)]
+        logits = [forward(attention, model, ids[:half], _consecutive(prefix, 0, half, 0, ids.device), 1)]
+        attention.last = max(prefix.layers)
+        write(attention, model, ids[half:PREFIX], _consecutive(prefix, half, PREFIX, 0, ids.device))
         for start, stop in ((0, OWN - 1), (OWN - 1, OWN)):
             now = _consecutive(store, start, stop, PREFIX, ids.device, first=1)
-            now.groups = [Group(prefix)]
+            now.sharing = Sharing([(prefix, stop - start)])
             logits.append(forward(attention, model, ids[PREFIX + start : PREFIX + stop], now, 0))
     except (ValueError, TypeError, RuntimeError, AttributeError, KeyError, IndexError, NotImplementedError):
         return False  # the model's code does not call an attention function, or calls it in another way
     found = torch.cat(logits).float()
+    expected = torch.cat([expected[PREFIX // 2 - 1 :][:1], expected[PREFIX:]])
     tolerance = TOLERANCE if ids.device.type == "cpu" and logits[0].dtype == torch.float32 else HALF_TOLERANCE
     return attention.calls > calls and bool((found - expected).norm() <= tolerance * expected.norm())
 
@@ -120,7 +122,7 @@ def measure_ceiling(
         if attention is None:
             model(input_ids=ids[None, :prefill], use_cache=False, logits_to_keep=1)
         else:
-            forward(attention, model, ids[:prefill], _consecutive(Store(1, prefill), 0, prefill, 0, device), 1)
+            write(attention, model, ids[:prefill], _consecutive(Store(1, prefill), 0, prefill, 0, device))
 
     def step() -> None:
         if attention is None:
