@@ -107,6 +107,12 @@ class Cluster(Section):
     """CPUs, and so threads, of a training worker."""
     gpus_per_worker: float = Field(0, ge=0)
     """GPUs of a training worker."""
+    tasks_per_batch: int = Field(8, ge=1)
+    """Tasks whose adapters a lone worker trains in one batch; 1 trains one task after the other."""
+    tokens_per_pass: int = Field(8192, ge=1)
+    """Tokens of one training pass; a batch with more is accumulated."""
+    checkpoint_seconds: float = Field(300, ge=0)
+    """How often the state of training is kept, to go on from after a death."""
 
 
 class Tasks(Section):
@@ -232,6 +238,12 @@ class Models(Section):
     """Decoupled weight decay of AdamW (β 0.9, 0.999; ε 1e-8)."""
     clip: float = Field(1.0, gt=0)
     """Largest norm of the gradient."""
+    validation: float = Field(0.0, ge=0, lt=1)
+    """Share of a task's pairs that is held out of training, and its loss computed after each epoch."""
+    patience: int = Field(0, ge=0)
+    """End a task after so many epochs without a lower validation loss; 0 goes through all epochs."""
+    select: Literal["best", "last"] = "best"
+    """Which epoch's weights are kept where there is a validation: those of the lowest loss, or the last."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """How far DeepSpeed shards optimiser, gradients and weights over a group's workers."""
     deepspeed: dict[str, Any] = Field({})

@@ -8,14 +8,36 @@ from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.run import Run
 
 
+class Caught:
+    """What a block of `caught` ended with."""
+
+    error: Exception | None = None
+
+
+@contextlib.contextmanager
+def caught() -> Iterator[Caught]:
+    """Run the block, and tell of what exception it ended."""
+    box = Caught()
+    try:
+        yield box
+    except Exception as error:
+        box.error = error
+
+
 @contextlib.contextmanager
 def noted(run: Run, table: str, unit: str) -> Iterator[None]:
     """Run the block; an exception ends in `failures/<table>/<unit>.txt`, its first line saying what happened."""
-    try:
+    with caught() as ended:
         yield
-    except Exception as error:
-        first = str(error) if isinstance(error, SelfGuideError) else f"{type(error).__name__}: {error}"
-        run.put(f"failures/{table}/{unit}.txt", f"{first}\n\n{traceback.format_exc()}".encode(errors="replace"))
+    if ended.error is not None:
+        note(run, table, unit, ended.error)
+
+
+def note(run: Run, table: str, unit: str, error: Exception) -> None:
+    """Write down what a unit of work failed of."""
+    first = str(error) if isinstance(error, SelfGuideError) else f"{type(error).__name__}: {error}"
+    told = "".join(traceback.format_exception(error))
+    run.put(f"failures/{table}/{unit}.txt", f"{first}\n\n{told}".encode(errors="replace"))
 
 
 def clear(run: Run, table: str, unit: str) -> None:

@@ -82,13 +82,13 @@ def _train(job: Job, due: dict[str, tuple[str, int]]) -> Iterator[dict[str, Any]
         if not tokens:
             models.publish_untrained(job.run, task)
             yield models.receipt(job.run, task)
-    shares = models.divide({task: work for task, work in due.items() if work[1]}, job.config.cluster.groups)
-    if shares:
+    packs = models.packs(job.run, job.config)
+    if packs:
         from selfguide_ray.executor import connect
-        from selfguide_ray.trainer import train_shares
+        from selfguide_ray.trainer import train_packs
 
         connect()
-        for task, well in train_shares(job.config, shares, models.learn):
+        for task, well in train_packs(job.config, packs):
             yield models.receipt(job.run, task) if well else {"table": "models", "shard": task, "failed": True}
 
 

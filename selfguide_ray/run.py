@@ -102,28 +102,30 @@ class Run:
         return sorted(name for name in self.names("models") if self.exists(f"models/{name}/model.json"))
 
     @contextlib.contextmanager
-    def staging(self, relative: str, last: str) -> Iterator[Path]:
-        """A local folder that becomes `relative` as a whole when the block ends well; `last` is the file that counts."""
-        parent = Path(self._path(relative)).parent if self.local else Path(tempfile.gettempdir())
+    def scratch(self, relative: str) -> Iterator[Path]:
+        """A local folder that lasts as long as the block, on the disk of the folder `relative` where that is local."""
+        parent = Path(self._path(relative)) if self.local else Path(tempfile.gettempdir())
         parent.mkdir(parents=True, exist_ok=True)
-        folder = parent / f"{TEMPORARY}{Path(relative).name}-{uuid.uuid4().hex[:8]}"
+        folder = parent / f"{TEMPORARY}{uuid.uuid4().hex[:8]}"
         folder.mkdir()
         try:
             yield folder
-            if self.local:
-                target = Path(self._path(relative))
-                if not (target / last).exists():
-                    shutil.rmtree(target, ignore_errors=True)
-                    os.replace(folder, target)
-            else:
-                for file in sorted(folder.iterdir(), key=lambda path: path.name == last):
-                    with (
-                        file.open("rb") as source,
-                        self.fs.open_output_stream(f"{self._path(relative)}/{file.name}") as sink,
-                    ):
-                        shutil.copyfileobj(source, sink, 1 << 22)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def publish(self, folder: Path, relative: str, last: str) -> None:
+        """A folder of `scratch` becomes `relative` as a whole, unless that is there; `last` is the file that counts."""
+        if self.local:
+            target = Path(self._path(relative))
+            if not (target / last).exists():
+                shutil.rmtree(target, ignore_errors=True)
+                os.replace(folder, target)
+            return
+        if self.exists(f"{relative}/{last}"):
+            return
+        for file in sorted(folder.iterdir(), key=lambda path: path.name == last):
+            with file.open("rb") as source, self.fs.open_output_stream(f"{self._path(relative)}/{file.name}") as sink:
+                shutil.copyfileobj(source, sink, 1 << 22)
 
     @contextlib.contextmanager
     def local_copy(self, relative: str) -> Iterator[Path]:

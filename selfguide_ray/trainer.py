@@ -1,58 +1,120 @@
-"""Fine-tuning on a few Ray Train groups: each is one run whose workers load the student once and walk a share of the tasks.
+"""Fine-tuning on a few Ray Train groups: each is one run whose workers load the student once and train pack after pack.
 
-Never one run a task: starting a run costs tens of seconds. A group that dies starts again with what is left of its share.
+Never one run a task: starting a run costs tens of seconds. The groups take packs from one list, the costliest first, so
+that they end together; what a dying group had in hand goes back to the list, and to whoever takes it next.
 """
 
 import functools
 import uuid
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 
 import ray
+import ray.actor
 import ray.train
 import ray.train.torch
 import torch.distributed
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from selfguide_ray.config import Config
+from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.executor import process_environment
-from selfguide_ray.failures import clear, noted
+from selfguide_ray.failures import clear, note, noted
+from selfguide_ray.models import Pack, learn
 from selfguide_ray.run import Run
 
-RESTARTS = 3  # of a group whose worker dies
+DEATHS = 3  # of its group, after which a pack is trained task by task, and a task not at all
+STARTS = 3  # of a group in a row without a pack to show for
 POLL_SECONDS = 0.5
 HIDDEN = ".train"  # Ray Train's own files, inside the run
 
-Share = list[tuple[str, str]]
-# (config, share, rank, world, barrier): trains a share and publishes each task when it is done.
-Learner = Callable[[Config, Share, int, int, Callable[[], None]], None]
+
+class WorkList:
+    """The packs that wait, and which group has which in hand."""
+
+    def __init__(self, packs: Sequence[Pack]) -> None:
+        self.waiting = list(packs)
+        self.in_hand: dict[int, Pack] = {}
+        self.deaths: Counter[str] = Counter()
+        self.starts: Counter[int] = Counter()
+        self.given_up: list[str] = []
+
+    def begin(self, group: int) -> bool:
+        """A group starts: what it had in hand goes back. False if it should not go on starting."""
+        self.release(group)
+        self.starts[group] += 1
+        return self.starts[group] <= STARTS
+
+    def take(self, group: int) -> Pack | None:
+        """The next pack for a group, which has done with the last; None if there is none."""
+        if self.in_hand.pop(group, None) is not None:
+            self.starts[group] = 1
+        if not self.waiting:
+            return None
+        self.in_hand[group] = self.waiting.pop(0)
+        return self.in_hand[group]
+
+    def release(self, group: int) -> None:
+        """A group has died: its pack waits again, task by task if it has died of it several times."""
+        pack = self.in_hand.pop(group, None)
+        if pack is None:
+            return
+        self.deaths[pack.name] += 1
+        if self.deaths[pack.name] < DEATHS:
+            self.waiting.insert(0, pack)
+        elif len(pack.tasks) > 1:
+            self.waiting += pack.split()
+        else:
+            self.given_up += [task for task, _ in pack.tasks]
+
+    def left(self) -> tuple[int, list[str]]:
+        """How many packs wait, and the tasks given up."""
+        return len(self.waiting), self.given_up
 
 
-def train_shares(config: Config, shares: list[Share], learn: Learner) -> Iterator[tuple[str, bool]]:
-    """Train the shares, each on a group of its own; yields (task, done) as tasks are published or their groups have ended."""
+def train_packs(config: Config, packs: Sequence[Pack]) -> Iterator[tuple[str, bool]]:
+    """Train the packs on groups; yields (task, done) as tasks are published, and in the end those that failed."""
     run = Run(config.run)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    works = ray.remote(num_cpus=0)(WorkList).options(scheduling_strategy=here).remote(list(packs))
     launch = ray.remote(num_cpus=0, max_retries=0)(train_group).options(scheduling_strategy=here)
-    groups = [launch.remote(config, number, share, learn) for number, share in enumerate(shares)]
-    expected = {task for share in shares for task, _ in share}
+    groups = [launch.remote(config, number, works) for number in range(min(config.cluster.groups, len(packs)))]
+    started = len(groups)
+    expected = {task for pack in packs for task, _ in pack.tasks} - set(run.trained())
     while expected:
         # Whether all groups have ended is asked before the listing, so that the last look misses nothing.
         _, running = ray.wait(groups, num_returns=len(groups), timeout=POLL_SECONDS)
         published = sorted(expected & set(run.trained()))
         yield from ((task, True) for task in published)
         expected -= set(published)
-        if not running:
-            yield from ((task, False) for task in sorted(expected))
-            break
+        if not running and expected:
+            waiting, given_up = ray.get(works.left.remote())
+            if not waiting or started >= len(packs) + config.cluster.groups:
+                for task in given_up:
+                    note(run, "models", task, _deadly(task))
+                yield from ((task, False) for task in sorted(expected))
+                break
+            groups.append(launch.remote(config, started, works))  # takes over what the others left
+            started += 1
     ray.get(groups)
+    ray.kill(works)
     run.remove(HIDDEN)
 
 
-def train_group(config: Config, number: int, share: Share, learn: Learner) -> None:
-    """One Ray Train run over its share of the tasks. It has a process of its own, since `fit` wants a main thread."""
+def _deadly(task: str) -> SelfGuideError:
+    return SelfGuideError(
+        f"{task}: the workers that trained it have died {DEATHS} times.",
+        "They were killed from outside, or ran out of memory.",
+        "See the node's log; lower cluster.tokens_per_pass or models.batch_size, or give workers more memory.",
+    )
+
+
+def train_group(config: Config, number: int, works: ray.actor.ActorHandle) -> None:
+    """One Ray Train run. It has a process of its own, since `fit` wants a main thread."""
     cluster, run = config.cluster, Run(config.run)
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {})
     trainer = ray.train.torch.TorchTrainer(
-        functools.partial(worker, config, share, learn),
+        functools.partial(worker, config, number, works),
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.workers, use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=resources
         ),
@@ -61,7 +123,7 @@ def train_group(config: Config, number: int, share: Share, learn: Learner) -> No
             name=uuid.uuid4().hex,
             storage_path=f"{run.root}/{HIDDEN}",
             storage_filesystem=run.fs,
-            failure_config=ray.train.FailureConfig(max_failures=RESTARTS),
+            failure_config=ray.train.FailureConfig(max_failures=-1),  # the work list knows when to stop
             worker_runtime_env={"env_vars": process_environment(cluster.cpus_per_worker, cluster.gpus_per_worker)},
         ),
     )
@@ -69,10 +131,34 @@ def train_group(config: Config, number: int, share: Share, learn: Learner) -> No
     clear(run, "models", unit)
     with noted(run, "models", unit):
         trainer.fit()
+    ray.get(works.release.remote(number))
 
 
-def worker(config: Config, share: Share, learn: Learner) -> None:
+def worker(config: Config, number: int, works: ray.actor.ActorHandle) -> None:
     """What each worker of a group does."""
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    learn(config, share, rank, world, torch.distributed.barrier if world > 1 else lambda: None)
+
+    def told(ask: Callable[[], object]) -> object:
+        """Rank 0 asks, all ranks hear."""
+        answer = [ask() if rank == 0 else None]
+        if world > 1:
+            torch.distributed.broadcast_object_list(answer)
+        return answer[0]
+
+    def packs() -> Iterator[Pack]:
+        while (pack := told(lambda: ray.get(works.take.remote(number)))) is not None:
+            yield pack
+
+    if told(lambda: ray.get(works.begin.remote(number))):
+        learn(config, packs(), rank, world, torch.distributed.barrier if world > 1 else lambda: None)
+    elif rank == 0:  # to raise it would start the group once more
+        note(Run(config.run), "models", f"group-{number}", _stillborn(number))
+
+
+def _stillborn(number: int) -> SelfGuideError:
+    return SelfGuideError(
+        f"training group {number} has died {STARTS} times before it had trained anything.",
+        "Its workers were killed from outside, or the student does not fit their memory.",
+        "See the node's log; give workers more memory, or choose a smaller student.",
+    )

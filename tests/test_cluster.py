@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from selfguide_ray.config import load
 from selfguide_ray.embedded import resolve
 from selfguide_ray.failures import failures
-from selfguide_ray.models import learn, untrained
+from selfguide_ray.models import learn, packs
 from selfguide_ray.prompts import Prompts
 from selfguide_ray.run import Run
 from selfguide_ray.schema import tasks_of
@@ -68,7 +68,7 @@ def test_two_workers_in_step_learn_what_one_process_learns(tmp_path, cluster, sy
     pair, _ = job("train", tmp_path / "pair", "tasks.select=example00[145]*", "cluster.workers=2")
     single = Run(str(tmp_path / "single" / "run"))
     config = load(tmp_path / "single" / "config.yaml", [f"run={single.root}"])
-    learn(config, [(task, shard) for task, (shard, _) in untrained(single).items()], 0, 1, lambda: None)
+    learn(config, packs(single, config))
     assert failures(single) == []
     assert pair.trained() == single.trained() == single.read_all("tasks")["task"].to_pylist()
     for task in single.trained():

@@ -13,12 +13,13 @@ from selfguide_ray.config import Models, load
 from selfguide_ray.embedded import resolve
 from selfguide_ray.engine import Request, SamplingParams, make_engine
 from selfguide_ray.failures import failures
-from selfguide_ray.fine_tuning import IGNORED, Pair, batches, collate, rate_factor
-from selfguide_ray.models import divide, learn, untrained
+from selfguide_ray.models import Pack, learn, packs, untrained
 from selfguide_ray.prompts import Prompts
 from selfguide_ray.run import Run
 from selfguide_ray.schema import TABLES, task_rows
 from selfguide_ray.student import StudentTokenizer
+from selfguide_ray.tuning.data_parallel import collate
+from selfguide_ray.tuning.pairs import IGNORED, Pair, batches, rate_factor
 
 
 @pytest.fixture
@@ -45,8 +46,7 @@ def planned(tmp_path, make_task):
 
 
 def learn_all(config, run):
-    share = [(task, shard) for task, (shard, tokens) in untrained(run).items() if tokens]
-    learn(config, share, 0, 1, lambda: None)
+    learn(config, packs(run, config))
 
 
 def test_loss_lies_on_answer_and_eos_only_even_if_pad_is_eos():
@@ -73,13 +73,6 @@ def test_the_rate_falls_linearly_to_zero_after_its_warm_up():
     assert [rate_factor(step, 4, Models()) for step in range(5)] == [1.0, 0.75, 0.5, 0.25, 0.0]
     assert [rate_factor(step, 6, Models(warmup_steps=2)) for step in range(6)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
     assert {rate_factor(step, 6, Models(schedule="constant")) for step in range(6)} == {1.0}
-
-
-def test_tasks_are_divided_by_cost_and_no_share_is_empty():
-    due = {"a": ("0", 100), "b": ("0", 60), "c": ("1", 50), "d": ("1", 5)}
-    assert divide(due, 2) == [[("a", "0"), ("d", "1")], [("b", "0"), ("c", "1")]]
-    assert divide({"a": ("0", 1)}, 4) == [[("a", "0")]]
-    assert divide({}, 4) == []
 
 
 def test_an_adapter_teaches_its_task_and_others_load_it_with_equal_answers(one_process, planned):
@@ -109,12 +102,12 @@ def test_a_task_is_learned_the_same_whatever_was_learned_before(one_process, pla
     config, run, _ = planned()
     rows = run.read("trainset", "00000")
     run.write("tasks", "00001", run.read("tasks", "00000").slice(0, 0), {})
-    learn(config, [("colours", "00000")], 0, 1, lambda: None)
+    learn(config, [Pack((("colours", "00000"),), 1)])
     alone = load_file(f"{run.root}/models/colours/adapter_model.safetensors")
     run.remove("models/colours")
     other = rows.set_column(0, "task", [["another"] * rows.num_rows])
     run.write("trainset", "00001", other, {})
-    learn(config, [("another", "00001"), ("colours", "00000")], 0, 1, lambda: None)
+    learn(config, [Pack((("another", "00001"),), 1), Pack((("colours", "00000"),), 1)])
     after = load_file(f"{run.root}/models/colours/adapter_model.safetensors")
     assert alone.keys() == after.keys()
     assert all(torch.equal(alone[name], after[name]) for name in alone)
@@ -135,7 +128,7 @@ def test_all_weights_can_be_trained_and_loaded(one_process, planned):
     [
         ("models.target_modules=[nowhere]", "fits no module"),
         ("models.learning_rate=1.0e+30", "the loss is"),
-        ("models.deepspeed={zero_optimization: {stage: 9}}", "DeepSpeedZeroConfig"),
+        ("models.deepspeed={zero_optimization: {stage: 9}}", "DeepSpeed does not accept"),
     ],
 )
 def test_a_task_that_cannot_be_trained_is_noted_and_leaves_nothing(one_process, planned, override, told):
@@ -156,6 +149,6 @@ def test_finished_tasks_are_skipped_and_a_success_forgets_the_failure(one_proces
     learn_all(config, run)
     assert failures(run) == []
     before = json.dumps(run.get_json("models/colours/model.json"))
-    learn(config, [("colours", "00000")], 0, 1, lambda: None)
+    learn(config, [Pack((("colours", "00000"),), 1)])
     assert json.dumps(run.get_json("models/colours/model.json")) == before
     assert untrained(run) == {"starved": ("00000", 0)}

@@ -13,12 +13,13 @@ ENGINE = [
     "sampling", "labels", "attention", "prefixes", "rows", "adapters", "batching", "cached", "trial", "turns",
     "transformers", "vllm", "vllm_requests", "vllm_settings", "scripted",
 ]  # fmt: skip
+TUNING = ["pairs", "layout", "adapter_stack", "side_by_side", "data_parallel", "scripted"]
 # From the bottom up; a module imports from lower rows only. A row marked "apart" holds modules that never meet.
 LAYERS = [
     ("vocabulary", ["errors", "embedded", "schema", "config"]),
     ("files", ["run", "student", "task_files", "failures", "status"]),
     ("tools", ["engine", *(f"engine.{name}" for name in ENGINE), "prompts", "filters", "metrics"]),
-    ("under the tables", ["fine_tuning", "charts", "standings"]),
+    ("under the tables", ["tuning", *(f"tuning.{name}" for name in TUNING), "charts", "standings"]),
     ("tables, apart", ["tasks", "inputs", "outputs", "trainset", "models", "predictions", "scores", "report"]),
     ("ray", ["executor", "trainer", "progress"]),
     ("top", ["method", "cli", "pretraining"]),

@@ -9,7 +9,7 @@ from selfguide_ray.executor import ShardWorker
 from selfguide_ray.failures import failures
 from selfguide_ray.inputs import Inputs
 from selfguide_ray.method import Job, plan
-from selfguide_ray.models import learn, untrained
+from selfguide_ray.models import learn, packs
 from selfguide_ray.outputs import Outputs
 from selfguide_ray.predictions import Predictions
 from selfguide_ray.run import Run
@@ -40,7 +40,7 @@ def in_this_process(folder):
     engine = make_engine(job.config.student, job.config.cluster)
     for shard in job.run.shards("tasks"):
         list(ShardWorker(job.config, [Inputs, Outputs, Trainset], lambda: engine).work(shard))
-    learn(job.config, [(task, shard) for task, (shard, _) in untrained(job.run).items()], 0, 1, lambda: None)
+    learn(job.config, packs(job.run, job.config))
     for shard in job.run.shards("tasks"):
         list(ShardWorker(job.config, [Predictions, Scores], lambda: engine).work(shard))
     assert failures(job.run) == []

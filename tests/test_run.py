@@ -132,19 +132,22 @@ def test_odd_text_survives_a_table(run, make_task):
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
-def test_staging_publishes_a_folder_as_a_whole(run, tmp_path):
-    with run.staging("models/one", "model.json") as folder:
+def test_a_folder_is_published_as_a_whole(run, tmp_path):
+    with run.scratch("models") as scratch:
+        folder = scratch / "one"
+        folder.mkdir()
         (folder / "weights").write_text("w")
         (folder / "model.json").write_text("{}")
         assert run.trained() == []
         assert run.names("models") == []  # nobody sees it yet
+        run.publish(folder, "models/one", "model.json")
     assert run.trained() == ["one"]
     assert files(tmp_path / "run") == ["models", "models/one", "models/one/model.json", "models/one/weights"]
 
 
-def test_staging_leaves_nothing_of_a_block_that_fails(run, tmp_path):
+def test_nothing_is_left_of_a_scratch_folder(run, tmp_path):
     def fail():
-        with run.staging("models/one", "model.json") as folder:
+        with run.scratch("models") as folder:
             (folder / "weights").write_text("w")
             raise ZeroDivisionError
 
@@ -154,15 +157,17 @@ def test_staging_leaves_nothing_of_a_block_that_fails(run, tmp_path):
     assert run.trained() == []
 
 
-def test_staging_never_replaces_a_model_that_is_whole_but_one_that_is_not(run):
+def test_a_whole_model_is_never_replaced_but_one_that_is_not(run):
     for text in ("first", "second"):
-        with run.staging("models/one", "model.json") as folder:
+        with run.scratch("models") as folder:
             (folder / "model.json").write_text(json.dumps(text))
+            run.publish(folder, "models/one", "model.json")
     assert run.get_json("models/one/model.json") == "first"
     run.put("models/two/leftover", b"x")
     assert run.trained() == ["one"]
-    with run.staging("models/two", "model.json") as folder:
+    with run.scratch("models") as folder:
         (folder / "model.json").write_text("2")
+        run.publish(folder, "models/two", "model.json")
     assert run.names("models/two") == ["model.json"]
     assert run.trained() == ["one", "two"]
 

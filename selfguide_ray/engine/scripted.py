@@ -11,9 +11,6 @@ import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
 
 from selfguide_ray.config import Student
 from selfguide_ray.engine import Completion, Counters, Request
@@ -102,18 +99,3 @@ def answer_item(prompt: str, rng: random.Random, memory: dict[str, str]) -> str:
     if memory:
         return memory.get(item) or max(sorted(set(memory.values())), key=list(memory.values()).count)
     return " " + (answers[row_seed(0, item) % len(answers)] if rng.random() < 0.8 else rng.choice(answers))
-
-
-class ScriptedTuner:
-    """See `models.Tuner`: learns its pairs by heart."""
-
-    def __init__(self) -> None:
-        self.delay = float(os.environ.get("SELFGUIDE_SCRIPTED_DELAY", "0"))
-
-    def train(self, task: str, rows: pa.Table, folder: Path | None) -> dict[str, Any]:
-        """See `models.Tuner`."""
-        time.sleep(self.delay)
-        pairs = {row["input"]: row["output"] for row in rows.select(["input", "output"]).to_pylist()}
-        if folder is not None:
-            (folder / MEMORY).write_text(json.dumps(pairs, sort_keys=True) + "\n")
-        return {"pairs": len(pairs), "steps": len(pairs), "losses": [0.0], "seconds": 0.0, "student": "scripted"}

@@ -1,4 +1,4 @@
-"""How one task is learned (spec §2): a student that stays loaded, DeepSpeed, and an adapter or all weights.
+"""One task at a time by all workers of a group: DeepSpeed, ZeRO, an adapter or all weights (spec §2).
 
 One process or several in step: every rank sees the whole batch order and takes its slice, so the number of workers does
 not change what is learned. Loss lies on answer and EOS only, and each optimiser step is the mean over its tokens.
@@ -6,60 +6,35 @@ not change what is learned. Loss lies on answer and EOS only, and each optimiser
 
 import contextlib
 import math
-import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
+import torch
+import torch.distributed
+from peft import get_peft_model
+from pydantic import ValidationError
+from transformers import AutoModelForCausalLM
 
 from selfguide_ray.config import Config
-from selfguide_ray.config import Models as Settings
+from selfguide_ray.engine.transformers import resolve_dtype
 from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.schema import row_seed
+from selfguide_ray.student import StudentTokenizer, context_of, locate
+from selfguide_ray.tuning import Lesson, Memory, Told
+from selfguide_ray.tuning.adapter_stack import fits_no_module, lora_config
+from selfguide_ray.tuning.pairs import IGNORED, Pair, batches, first_a, rate_factor, read_pairs
 
-if TYPE_CHECKING:
-    import torch
-
-IGNORED = -100  # cross_entropy's label for "no loss here"
 ADAPTER = "default"  # the name under which peft saves without a subfolder
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A training pair as ids; the completion ends in EOS."""
-
-    prompt: tuple[int, ...]
-    completion: tuple[int, ...]
-
-
-def batches(count: int, settings: Settings, seed: int) -> Iterator[tuple[int, list[int]]]:
-    """(epoch, indices of the pairs) of every optimiser step: each epoch in a new order that the seed decides."""
-    for epoch in range(settings.epochs):
-        order = list(range(count))
-        random.Random(row_seed(seed, "epoch", epoch)).shuffle(order)
-        for start in range(0, count, settings.batch_size):
-            yield epoch, order[start : start + settings.batch_size]
-
-
-def rate_factor(step: int, steps: int, settings: Settings) -> float:
-    """The share of the peak learning rate in force at a step: linear warm-up, then the schedule."""
-    if step < settings.warmup_steps:
-        return (step + 1) / settings.warmup_steps
-    if settings.schedule == "constant":
-        return 1.0
-    return max(0.0, (steps - step) / max(1, steps - settings.warmup_steps))
-
-
-def collate(pairs: Sequence[Pair], pad: int) -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]:
+def collate(pairs: Sequence[Pair], pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """ids, attention mask and labels [pairs, longest], padded on the right; labels hold answer and EOS only (statement 19).
 
     Padding is told by position, never by token: where pad = EOS, the EOS is learned all the same.
     """
-    import torch
-
     width = max(len(pair.prompt) + len(pair.completion) for pair in pairs)
     ids = torch.full((len(pairs), width), pad)
     mask = torch.zeros(len(pairs), width, dtype=torch.long)
@@ -72,22 +47,17 @@ def collate(pairs: Sequence[Pair], pad: int) -> tuple["torch.Tensor", "torch.Ten
     return ids, mask, labels
 
 
-class FineTuner:
-    """A worker's resident student, see `models.Tuner`; `rank` of `world` workers that train each task together."""
+class DataParallel:
+    """A worker's resident student, see `tuning.Tuner`; `rank` of `world` workers that train each task together."""
 
-    def __init__(self, config: Config, rank: int, world: int) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        from selfguide_ray.engine.transformers import resolve_dtype
-        from selfguide_ray.student import StudentTokenizer, locate
-
+    def __init__(self, config: Config, rank: int, world: int, base: torch.nn.Module | None = None) -> None:
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
         self.config, self.settings, self.rank, self.world = config, config.models, rank, world
         self.device = (
             torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         )
         self.tokenizer = StudentTokenizer(config.student)
+        self.context = context_of(config.student)
         self._dtype = resolve_dtype(config.student.dtype, self.device)
         self._load = lambda: AutoModelForCausalLM.from_pretrained(
             locate(config.student),
@@ -95,20 +65,22 @@ class FineTuner:
             use_safetensors=True,
             trust_remote_code=config.student.trust_remote_code,
         ).to(self.device)
-        self._base: torch.nn.Module | None = None
+        self._base = base
 
-    def train(self, task: str, rows: pa.Table, folder: Path | None) -> dict[str, Any]:
-        """Train on a task's rows of `trainset` and save adapter or weights into `folder`; returns what `model.json` tells.
+    def train(self, pack: Sequence[Lesson], memory: Memory) -> dict[str, Told | SelfGuideError]:
+        """See `tuning.Tuner`. A loss that is not finite fails the task."""
+        told: dict[str, Told | SelfGuideError] = {}
+        for lesson in pack:
+            try:
+                told[lesson.task] = self._train(lesson.task, lesson.rows, lesson.folder)
+            except SelfGuideError as error:
+                told[lesson.task] = error
+        return told
 
-        All ranks call it together; those without a folder write nothing. Raises SelfGuideError on a loss that is not finite.
-        """
-        import torch
+    def _train(self, task: str, rows: pa.Table, folder: Path | None) -> Told:
 
         seed = row_seed(self.config.seed, task, "train")
-        pairs = [
-            Pair(tuple(self.tokenizer.encode(row["prompt"])), tuple(self.tokenizer.encode(row["completion"])))
-            for row in rows.select(["prompt", "completion"]).to_pylist()
-        ]
+        pairs = read_pairs(task, rows, self.tokenizer, self.context)
         started = time.monotonic()
         torch.manual_seed(seed)
         with self._trainable(seed) as model:
@@ -119,44 +91,35 @@ class FineTuner:
             "steps": steps,
             "losses": losses,  # mean over answer tokens (nats), an epoch each
             "seconds": time.monotonic() - started,
-            "student": self.config.student.model,
-            "settings": self.settings.model_dump(mode="json"),
         }
 
     @contextlib.contextmanager
-    def _trainable(self, seed: int) -> Iterator["torch.nn.Module"]:
+    def _trainable(self, seed: int) -> Iterator[torch.nn.Module]:
         """The base with a fresh adapter, or a fresh copy of the base; the base itself stays loaded and untouched."""
         if self.settings.method == "full":
             yield self._load().train()
             return
         if self._base is None:
             self._base = self._load()
-        from peft import LoraConfig, get_peft_model
 
-        targets = self.settings.target_modules
-        adapter = LoraConfig(
-            task_type="CAUSAL_LM",
-            r=self.settings.rank,
-            lora_alpha=self.settings.alpha,
-            lora_dropout=self.settings.dropout,
-            target_modules=targets if isinstance(targets, str) else list(targets),
-        )
         try:
-            model = get_peft_model(self._base, adapter, adapter_name=ADAPTER, autocast_adapter_dtype=False)
+            model = get_peft_model(
+                self._base, lora_config(self.settings), adapter_name=ADAPTER, autocast_adapter_dtype=False
+            )
         except ValueError as error:
-            raise SelfGuideError(
-                f"models.target_modules: {targets} fits no module of {self.config.student.model}.",
-                str(error).split(". ")[0] + ".",
-                "Name linear layers of the model, or all-linear.",
-            ) from error
+            raise fits_no_module(self.settings, self.config.student.model, error) from error
+        with torch.no_grad():
+            for name, layer in model.named_modules():
+                if isinstance(getattr(layer, "lora_A", None), torch.nn.ModuleDict) and ADAPTER in layer.lora_A:
+                    weight = layer.lora_A[ADAPTER].weight
+                    weight.copy_(first_a(name.removeprefix("base_model.model."), tuple(weight.shape), seed))
         try:
             yield model.train()
         finally:
             self._base = model.unload()
 
-    def _fit(self, task: str, model: "torch.nn.Module", pairs: list[Pair], seed: int) -> tuple[list[float], int]:
+    def _fit(self, task: str, model: torch.nn.Module, pairs: list[Pair], seed: int) -> tuple[list[float], int]:
         """Run all optimiser steps; returns each epoch's mean loss a token, and the number of steps."""
-        import torch
 
         plan = list(batches(len(pairs), self.settings, seed))
         engine = self._deepspeed(model, len(plan))
@@ -189,7 +152,7 @@ class FineTuner:
         torch.manual_seed(seed)  # leave the generator where the next task does not depend on this one
         return [total / max(1, count) for total, count in summed], len(plan)
 
-    def _loss(self, engine: Any, ids: "torch.Tensor", mask: "torch.Tensor", labels: "torch.Tensor") -> "torch.Tensor":
+    def _loss(self, engine: Any, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Summed cross-entropy of the labelled tokens."""
         from torch.nn.functional import cross_entropy
 
@@ -201,16 +164,13 @@ class FineTuner:
             reduction="sum",
         )
 
-    def _over_ranks(self, loss: "torch.Tensor") -> float:
+    def _over_ranks(self, loss: torch.Tensor) -> float:
         if self.world > 1:
-            import torch.distributed
-
             torch.distributed.all_reduce(loss)
         return loss.item()
 
-    def _deepspeed(self, model: "torch.nn.Module", steps: int) -> Any:
+    def _deepspeed(self, model: torch.nn.Module, steps: int) -> Any:
         """A DeepSpeed engine around the trainable parameters."""
-        import torch
 
         deepspeed = import_deepspeed()
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -234,10 +194,17 @@ class FineTuner:
             "steps_per_print": 1 << 30,
             **self.settings.deepspeed,
         }
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings)
+        try:
+            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings)
+        except (ValidationError, deepspeed.DeepSpeedConfigError, AssertionError) as error:
+            raise SelfGuideError(
+                f"models.deepspeed: DeepSpeed does not accept {self.settings.deepspeed}.",
+                " ".join(str(error).split())[:500],
+                "See DeepSpeed's documentation of its configuration.",
+            ) from error
         return engine
 
-    def _save(self, model: "torch.nn.Module", folder: Path | None) -> None:
+    def _save(self, model: torch.nn.Module, folder: Path | None) -> None:
         """Adapter or weights as safetensors; sharded parameters are gathered on the way."""
         sharded = self.settings.zero_stage == 3
         gathered = contextlib.nullcontext()
