@@ -4,6 +4,8 @@ python jobs/benchmark.py NAME --json FILE [--data NATURAL_INSTRUCTIONS] [--repea
 
 loading     the offline suite of tasks
 generation  the engine on many requests that share prefixes, and its rows, adapters and memory
+training    many small tasks fine-tuned, against a process or a Ray Train run for each
+zero_memory a worker's memory with ZeRO-3 and with ZeRO-0
 gpu         vLLM inside a Ray actor, on a GPU
 """
 
@@ -24,6 +26,8 @@ PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "pyarrow", "sel
 BENCHMARKS: dict[str, str] = {  # the module and function of each: what one needs is imported for none of the others
     "loading": "benchmarks.loading:loading",
     "generation": "benchmarks.generation:generation",
+    "training": "benchmarks.training:training",
+    "zero_memory": "benchmarks.training:zero_memory",
     "gpu": "benchmarks.gpu:gpu",
 }
 
@@ -41,7 +45,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=64, help="generation, gpu: requests of a task")
     parser.add_argument("--threads", type=int, default=1, help="generation: threads of every engine")
     parser.add_argument("--vllm", help="generation, gpu: a Python interpreter that has vLLM")
-    parser.add_argument("--quick", action="store_true", help="generation: only the rates")
+    parser.add_argument("--quick", action="store_true", help="generation, training: only the rates")
     parser.add_argument("--model", default="embedded/nano", help="gpu: a model's folder or name")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -3,7 +3,7 @@
 ray job submit --working-dir . -- python jobs/selfguide.py configs/paper.yaml [key=value …]
 """
 
-from selfguide_ray.method import evaluate, main, plan, report, synthesize, train
+from selfguide_ray.method import main, plan, report, synthesize, train_and_evaluate
 
 if __name__ == "__main__":
-    main(__doc__, [plan, synthesize, train, evaluate, report])
+    main(__doc__, [plan, synthesize, train_and_evaluate, report])

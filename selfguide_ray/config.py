@@ -5,6 +5,7 @@ documentation everywhere: in errors, in `selfguide settings`, in the README. `lo
 """
 
 import difflib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -101,18 +102,28 @@ class Cluster(Section):
     """GPUs of an engine."""
     groups: int = Field(1, ge=1)
     """Training groups, each a Ray Train run that walks its share of the tasks."""
-    workers: int = Field(1, ge=1)
-    """Workers in a group; they train each task together, data-parallel."""
+    workers: int | tuple[int, int] = 1
+    """Workers in a group; they train each task together, data-parallel. [fewest, most] goes with what nodes there are."""
     cpus_per_worker: float = Field(1, ge=0)
     """CPUs, and so threads, of a training worker."""
     gpus_per_worker: float = Field(0, ge=0)
     """GPUs of a training worker."""
     tasks_per_batch: int = Field(8, ge=1)
     """Tasks whose adapters a lone worker trains in one batch; 1 trains one task after the other."""
-    tokens_per_pass: int = Field(8192, ge=1)
-    """Tokens of one training pass; a batch with more is accumulated."""
+    tokens_per_pass: int = Field(2048, ge=1)
+    """Tokens of one training pass: tasks share a batch up to it, and a batch with more is accumulated. Raise it on a GPU."""
+    models_on_disk: int = Field(64, ge=1)
+    """Where weights do not stay: tasks that are trained before their predictions are made and the weights removed."""
     checkpoint_seconds: float = Field(300, ge=0)
     """How often the state of training is kept, to go on from after a death."""
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _count_or_range(cls, value: Any) -> int | tuple[int, int]:
+        bounds = tuple(value) if isinstance(value, list | tuple) else (value, value)
+        if len(bounds) != 2 or any(type(bound) is not int for bound in bounds) or not 1 <= bounds[0] <= bounds[1]:
+            raise ValueError("Input should be a whole number from 1, or two of them, [fewest, most]")
+        return value if isinstance(value, int) else bounds
 
 
 class Tasks(Section):
@@ -222,6 +233,8 @@ class Models(Section):
     """Scale of the adapter: alpha / rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout in front of the adapter."""
+    quantize: Literal["none", "nf4"] = "none"
+    """Train the adapter on a base in four bits (QLoRA); needs a GPU and bitsandbytes."""
     target_modules: str | tuple[str, ...] = "all-linear"
     """Modules that get an adapter: names, or all-linear."""
     epochs: int = Field(3, ge=1)
@@ -242,17 +255,29 @@ class Models(Section):
     """Share of a task's pairs that is held out of training, and its loss computed after each epoch."""
     patience: int = Field(0, ge=0)
     """End a task after so many epochs without a lower validation loss; 0 goes through all epochs."""
-    select: Literal["best", "last"] = "best"
-    """Which epoch's weights are kept where there is a validation: those of the lowest loss, or the last."""
+    keep: Literal["adapter", "best", "last", "none"] = "adapter"
+    """Weights that stay: an adapter's (whole weights go once predictions are made), of the best or last epoch, or none."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """How far DeepSpeed shards optimiser, gradients and weights over a group's workers."""
     deepspeed: dict[str, Any] = Field({})
-    """Further keys of a DeepSpeed configuration, merged over ours."""
+    """Further keys of a DeepSpeed configuration, or the path of a JSON file with them; merged over ours."""
+    gradient_checkpointing: bool = False
+    """Compute activations a second time instead of keeping them: less memory, more time."""
+
+    @field_validator("deepspeed", mode="before")
+    @classmethod
+    def _read_deepspeed(cls, value: Any) -> Any:
+        return _json_object(Path(value), "models.deepspeed") if isinstance(value, str) else value
 
     @property
     def peak_rate(self) -> float:
         """The learning rate in force."""
         return self.learning_rate or (2e-4 if self.method == "lora" else 5e-5)
+
+    @property
+    def weights_stay(self) -> bool:
+        """Whether a task's weights are still there when its predictions are made."""
+        return self.keep in ("best", "last") or (self.keep == "adapter" and self.method == "lora")
 
 
 SystemName = Literal["copy", "majority", "zero_shot", "few_shot", "selfguide"]
@@ -353,6 +378,20 @@ def _read(path: Path) -> dict[str, Any]:
             "See configs/quickstart.yaml.",
         )
     return document
+
+
+def _json_object(path: Path, name: str) -> dict[str, Any]:
+    """The content of a JSON file that a setting names: the run depends on it, not on the file."""
+    instead = "Give a JSON file of DeepSpeed's, or the keys themselves."
+    try:
+        found = json.loads(path.expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SelfGuideError(f"{name}: {path} cannot be read.", f"{error.strerror}.", instead) from error
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise SelfGuideError(f"{name}: {path} is no JSON.", f"{' '.join(str(error).split())}.", instead) from error
+    if not isinstance(found, dict):
+        raise SelfGuideError(f"{name}: {path} holds a {type(found).__name__}.", "Keys and values are wanted.", instead)
+    return found
 
 
 def _assignment(override: str) -> tuple[list[str], Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from selfguide_ray import models, progress, student
 from selfguide_ray.config import Config, load
-from selfguide_ray.engine import make_engine
+from selfguide_ray.engine import check_engine, make_engine
 from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.inputs import Inputs
 from selfguide_ray.outputs import Outputs
@@ -41,6 +41,7 @@ Step = Callable[[Job], None]
 
 def plan(job: Job) -> None:
     """Read the tasks and cut them into shards. Bad settings, a missing student or unusable tasks end here."""
+    check_engine(job.config.student)
     facts = student.facts(job.config.student)
     job.planned = plan_tasks(job.run, job.config, facts)
     job.run.sweep()
@@ -68,21 +69,21 @@ def synthesize(job: Job) -> None:
     _stages(job, [Inputs, Outputs, Trainset], lambda shard: True)
 
 
-def train(job: Job) -> None:
-    """The same student is fine-tuned on each task's pairs."""
-    due = models.untrained(job.run)
+def train(job: Job, shards: Sequence[str] | None = None) -> None:
+    """The same student is fine-tuned on each task's pairs; on all shards, or some."""
+    due = models.untrained(job.run, shards)
     if not due:
         return
     done = len(job.run.trained())
-    _count_failures(job, progress.follow(_train(job, due), {"models": done + len(due)}, {"models": done}))
+    _count_failures(job, progress.follow(_train(job, due, shards), {"models": done + len(due)}, {"models": done}))
 
 
-def _train(job: Job, due: dict[str, tuple[str, int]]) -> Iterator[dict[str, Any]]:
-    for task, (_, tokens) in due.items():
-        if not tokens:
+def _train(job: Job, due: dict[str, models.Work], shards: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+    for task, work in due.items():
+        if not work.pairs:
             models.publish_untrained(job.run, task)
             yield models.receipt(job.run, task)
-    packs = models.packs(job.run, job.config)
+    packs = models.packs(job.run, job.config, shards)
     if packs:
         from selfguide_ray.executor import connect
         from selfguide_ray.trainer import train_packs
@@ -92,17 +93,44 @@ def _train(job: Job, due: dict[str, tuple[str, int]]) -> Iterator[dict[str, Any]
             yield models.receipt(job.run, task) if well else {"table": "models", "shard": task, "failed": True}
 
 
-def evaluate(job: Job) -> None:
-    """Every system answers the held-out instances, and the answers are scored."""
+def evaluate(job: Job, shards: Sequence[str] | None = None) -> None:
+    """Every system answers the held-out instances, and the answers are scored; on all shards, or some."""
     trained = set(job.run.trained())
 
     def ready(shard: str) -> bool:
         """Without the tuned model of each task, selfguide would be missing from a finished shard for good."""
-        if "selfguide" not in job.config.predictions.systems:
-            return True
-        return set(job.run.read("tasks", shard, ["task"])["task"].to_pylist()) <= trained
+        if shards is not None and shard not in shards:
+            return False
+        return "selfguide" not in job.config.predictions.systems or set(_tasks(job, shard)) <= trained
 
     _stages(job, [Predictions, Scores], ready)
+    if not job.config.models.weights_stay:
+        for shard in job.run.shards("predictions"):
+            models.discard(job.run, _tasks(job, shard))
+
+
+def train_and_evaluate(job: Job) -> None:
+    """Both for all tasks; where weights do not stay, for so many at a time that the disk never holds more."""
+    if job.config.models.weights_stay:
+        train(job)
+        evaluate(job)
+        return
+    waves: list[list[str]] = []
+    load = 0
+    for shard in job.run.shards("tasks"):
+        tasks = len(_tasks(job, shard))
+        if not waves or load + tasks > job.config.cluster.models_on_disk:
+            waves.append([])
+            load = 0
+        waves[-1].append(shard)
+        load += tasks
+    for wave in waves:
+        train(job, wave)
+        evaluate(job, wave)
+
+
+def _tasks(job: Job, shard: str) -> list[str]:
+    return job.run.read("tasks", shard, ["task"])["task"].to_pylist()
 
 
 def report(job: Job) -> None:
@@ -113,7 +141,7 @@ def report(job: Job) -> None:
     progress.out.print(f"report: {path}", soft_wrap=True, markup=False)
 
 
-SELFGUIDE: tuple[Step, ...] = (plan, synthesize, train, evaluate, report)
+SELFGUIDE: tuple[Step, ...] = (plan, synthesize, train_and_evaluate, report)
 
 
 def _stages(job: Job, stages: list[Any], ready: Callable[[str], bool]) -> None:

@@ -5,10 +5,10 @@ A task is done when its `model.json` is there; it is written last, with the fold
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow.compute as pc
 
@@ -40,39 +40,59 @@ class Pack:
         return [Pack((work,), self.tokens // len(self.tasks)) for work in self.tasks]
 
 
-def learnable(run: Run) -> dict[str, tuple[str, int]]:
-    """All tasks of the shards of `trainset` that are there: task → (shard, tokens of its pairs, an epoch)."""
-    found: dict[str, tuple[str, int]] = {}
+class Work(NamedTuple):
+    """What a task costs: its shard, the tokens of its pairs, and how many pairs these are."""
+
+    shard: str
+    tokens: int
+    pairs: int
+
+
+def learnable(run: Run, shards: Collection[str] | None = None) -> dict[str, Work]:
+    """All tasks of the shards of `trainset` that are there, or of some of them."""
+    found: dict[str, Work] = {}
     for shard in run.shards("trainset"):
+        if shards is not None and shard not in shards:
+            continue
         names = run.read("tasks", shard, ["task"])["task"].to_pylist()
         rows = run.read("trainset", shard, ["task", "tokens", "drop_reason"])
-        alive = rows.filter(pc.is_null(rows["drop_reason"])).group_by("task").aggregate([("tokens", "sum")]).to_pylist()
-        tokens = {row["task"]: row["tokens_sum"] for row in alive}
-        found |= {name: (shard, tokens.get(name, 0)) for name in names}
+        alive = rows.filter(pc.is_null(rows["drop_reason"])).group_by("task")
+        sums = {row["task"]: row for row in alive.aggregate([("tokens", "sum"), ("tokens", "count")]).to_pylist()}
+        for name in names:
+            row = sums.get(name, {"tokens_sum": 0, "tokens_count": 0})
+            found[name] = Work(shard, row["tokens_sum"], row["tokens_count"])
     return found
 
 
-def untrained(run: Run) -> dict[str, tuple[str, int]]:
+def untrained(run: Run, shards: Collection[str] | None = None) -> dict[str, Work]:
     """Those of `learnable` without a model."""
     done = set(run.trained())
-    return {task: work for task, work in learnable(run).items() if task not in done}
+    return {task: work for task, work in learnable(run, shards).items() if task not in done}
 
 
-def packs(run: Run, config: Config) -> list[Pack]:
+def packs(run: Run, config: Config, shards: Collection[str] | None = None) -> list[Pack]:
     """Packs with work left, the costliest first.
 
     Which tasks share a pack depends on all that can be learned, not on what is left, so a continued run trains the same
-    packs. Neighbours in tokens are together, so that none waits long for the others.
+    packs. Neighbours in tokens are together, so that none waits long for the others, and as many as fill a pass: a batch
+    that fills it alone gains nothing from company.
     """
-    together = config.cluster.tasks_per_batch if packs_tasks(config) else 1
-    works = sorted(
-        ((tokens, task, shard) for task, (shard, tokens) in learnable(run).items() if tokens),
-        key=lambda work: (-work[0], work[1]),
-    )
-    cut = [works[i : i + together] for i in range(0, len(works), together)]
-    made = [Pack(tuple((task, shard) for _, task, shard in some), sum(tokens for tokens, _, _ in some)) for some in cut]
+    most = config.cluster.tasks_per_batch if packs_tasks(config) else 1
+    works = [(task, work) for task, work in learnable(run, shards).items() if work.pairs]
+    made: list[list[tuple[str, Work]]] = []
+    load = 0.0
+    for task, work in sorted(works, key=lambda one: (-one[1].tokens, one[0])):
+        step = work.tokens / work.pairs * min(config.models.batch_size, work.pairs)
+        if not made or len(made[-1]) == most or load + step > config.cluster.tokens_per_pass:
+            made.append([])
+            load = 0.0
+        made[-1].append((task, work))
+        load += step
+    cut = [
+        Pack(tuple((task, work.shard) for task, work in some), sum(work.tokens for _, work in some)) for some in made
+    ]
     done = set(run.trained())
-    return sorted((pack for pack in made if not {task for task, _ in pack.tasks} <= done), key=lambda p: -p.tokens)
+    return sorted((pack for pack in cut if not {task for task, _ in pack.tasks} <= done), key=lambda p: -p.tokens)
 
 
 class Unfinished:
@@ -88,6 +108,10 @@ class Unfinished:
     def put(self, name: str, data: bytes) -> None:
         """See `tuning.Memory`."""
         self.run.put(f"{self.folder}/{name}", data)
+
+    def remove(self, name: str) -> None:
+        """See `tuning.Memory`."""
+        self.run.remove(f"{self.folder}/{name}")
 
     def clear(self) -> None:
         """See `tuning.Memory`."""
@@ -163,6 +187,18 @@ def publish_untrained(run: Run, task: str) -> None:
         run.publish(folder, f"models/{task}", MODEL)
 
 
+def discard(run: Run, tasks: Iterable[str]) -> None:
+    """Remove the weights of tasks whose predictions are made; `model.json` stays, and says that they have gone."""
+    for task in tasks:
+        told = run.get_json(f"models/{task}/{MODEL}")
+        if told is None or not told["trained"] or told.get("weights") == "removed":
+            continue
+        run.put(f"models/{task}/{MODEL}", _lines(told | {"weights": "removed"}))
+        for name in run.names(f"models/{task}"):
+            if name != MODEL:
+                run.remove(f"models/{task}/{name}")
+
+
 def receipt(run: Run, task: str) -> dict[str, Any]:
     """A finished task as the other tables' receipts look."""
     told = run.get_json(f"models/{task}/{MODEL}")
@@ -171,4 +207,8 @@ def receipt(run: Run, task: str) -> dict[str, Any]:
 
 
 def _tell(folder: Path, told: dict[str, Any]) -> None:
-    (folder / MODEL).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    (folder / MODEL).write_bytes(_lines(told))
+
+
+def _lines(told: dict[str, Any]) -> bytes:
+    return json.dumps(told, indent=1).encode() + b"\n"

@@ -9,9 +9,11 @@ import pyarrow as pa
 
 from selfguide_ray.config import Config
 from selfguide_ray.engine import Engine, Request, SamplingParams, share_prefix
+from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.prompts import Prompt, Prompts, held_to_labels
 from selfguide_ray.run import Run
 from selfguide_ray.schema import TABLES, Instance, Task, tasks_of
+from selfguide_ray.student import facts
 
 WITHOUT_MODEL = {
     "copy": lambda task, instance: instance.input,
@@ -39,6 +41,7 @@ class Predictions:
 
     def __init__(self, config: Config, run: Run, engine: Engine) -> None:
         self.config, self.run, self.engine = config, run, engine
+        self.student = facts(config.student)
         limit, new_tokens = config.student.max_prompt_tokens, config.outputs.max_new_tokens
         self.prompts = Prompts.within(engine.tokenizer, limit, engine.context, new_tokens)
         self.params = SamplingParams(max_new_tokens=new_tokens, stops=self.prompts.answer_stops)
@@ -85,6 +88,18 @@ class Predictions:
             raise FileNotFoundError(f"models/{task.name}/model.json: the task has not been trained")
         if not told["trained"]:
             return None
+        if told.get("weights") == "removed":
+            raise SelfGuideError(
+                f"models/{task.name}: its weights have been removed.",
+                f"models.keep={told['settings']['keep']} lets them go once predictions are made.",
+                f"Delete the folder models/{task.name}, and the task is trained again.",
+            )
+        if (base := told.get("student")) != self.student:
+            raise SelfGuideError(
+                f"models/{task.name}: its weights belong to {base}.",
+                f"The student is {self.student}; on another base an adapter answers nonsense.",
+                "Set student.model to the model it was trained on, or train it again in another run=DIR.",
+            )
         return str(stack.enter_context(self.run.local_copy(f"models/{task.name}")))
 
 

@@ -11,6 +11,7 @@ from selfguide_ray.embedded import resolve
 from selfguide_ray.errors import SelfGuideError
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 DEFAULT_CONTEXT = 4096  # for models that name no limit
 SAMPLE = 1 << 20  # bytes hashed at both ends of a weights file
 
@@ -41,15 +42,16 @@ def locate(student: Student) -> str:
 
 
 def facts(student: Student) -> dict[str, Any]:
-    """What identifies the student in `_settings.json`: its name and a fingerprint of its content.
+    """What identifies the student in `_settings.json` and `model.json`: its name, fingerprints of model and tokenizer.
 
-    A hub model is identified by its revision. Raises SelfGuideError if it cannot be found.
+    A hub model is identified by its revision, which covers the tokenizer. Raises SelfGuideError if it cannot be found.
     """
     if student.engine == "scripted":
         return {"model": student.model, "fingerprint": "scripted"}
     location = locate(student)
     if Path(location).is_dir():
-        return {"model": student.model, "fingerprint": _fingerprint(Path(location))}
+        folder = Path(location)
+        return {"model": student.model, "fingerprint": _fingerprint(folder), "tokenizer": _hash_of(folder, TOKENIZER)}
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -66,16 +68,22 @@ def facts(student: Student) -> dict[str, Any]:
 
 def _fingerprint(folder: Path) -> str:
     """Hash of the small files whole and of the weights' sizes and both ends: seconds for any size of model."""
-    state = hashlib.blake2b(digest_size=8)
-    for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
-        if (folder / name).exists():
-            state.update(name.encode() + (folder / name).read_bytes())
+    state = hashlib.blake2b(_hash_of(folder, ("config.json", *TOKENIZER)).encode(), digest_size=8)
     for path in sorted({path for pattern in WEIGHTS for path in folder.glob(pattern)}):
         size = path.stat().st_size
         with path.open("rb") as file:
             state.update(json.dumps([path.name, size]).encode() + file.read(SAMPLE))
             file.seek(max(0, size - SAMPLE))
             state.update(file.read(SAMPLE))
+    return state.hexdigest()
+
+
+def _hash_of(folder: Path, names: Sequence[str]) -> str:
+    """Hash of some files of a folder, those that are not there left out."""
+    state = hashlib.blake2b(digest_size=8)
+    for name in names:
+        if (folder / name).exists():
+            state.update(name.encode() + (folder / name).read_bytes())
     return state.hexdigest()
 
 

@@ -20,7 +20,7 @@ from selfguide_ray.config import Config
 from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.executor import process_environment
 from selfguide_ray.failures import clear, note, noted
-from selfguide_ray.models import Pack, learn
+from selfguide_ray.models import UNFINISHED, Pack, learn
 from selfguide_ray.run import Run
 
 DEATHS = 3  # of its group, after which a pack is trained task by task, and a task not at all
@@ -37,12 +37,18 @@ class WorkList:
         self.in_hand: dict[int, Pack] = {}
         self.deaths: Counter[str] = Counter()
         self.starts: Counter[int] = Counter()
+        self.workers: dict[int, int] = {}
         self.given_up: list[str] = []
 
-    def begin(self, group: int) -> bool:
-        """A group starts: what it had in hand goes back. False if it should not go on starting."""
-        self.release(group)
-        self.starts[group] += 1
+    def begin(self, group: int, workers: int) -> bool:
+        """A group starts: what it had in hand goes back. False if it should not go on starting.
+
+        One that comes back with another number of workers was resized: nodes came or went, and its pack is not to blame.
+        """
+        died = workers == self.workers.get(group, workers)
+        self.workers[group] = workers
+        self.release(group, died)
+        self.starts[group] += died
         return self.starts[group] <= STARTS
 
     def take(self, group: int) -> Pack | None:
@@ -54,12 +60,12 @@ class WorkList:
         self.in_hand[group] = self.waiting.pop(0)
         return self.in_hand[group]
 
-    def release(self, group: int) -> None:
-        """A group has died: its pack waits again, task by task if it has died of it several times."""
+    def release(self, group: int, died: bool = True) -> None:
+        """A group has ended: its pack waits again, task by task if groups have died of it several times."""
         pack = self.in_hand.pop(group, None)
         if pack is None:
             return
-        self.deaths[pack.name] += 1
+        self.deaths[pack.name] += died
         if self.deaths[pack.name] < DEATHS:
             self.waiting.insert(0, pack)
         elif len(pack.tasks) > 1:
@@ -99,6 +105,8 @@ def train_packs(config: Config, packs: Sequence[Pack]) -> Iterator[tuple[str, bo
     ray.get(groups)
     ray.kill(works)
     run.remove(HIDDEN)
+    if not expected:
+        run.remove(UNFINISHED)  # what other settings had begun
 
 
 def _deadly(task: str) -> SelfGuideError:
@@ -116,7 +124,11 @@ def train_group(config: Config, number: int, works: ray.actor.ActorHandle) -> No
     trainer = ray.train.torch.TorchTrainer(
         functools.partial(worker, config, number, works),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=cluster.workers, use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=resources
+            num_workers=cluster.workers,
+            use_gpu=cluster.gpus_per_worker > 0,
+            resources_per_worker=resources,
+            # To grow costs what was learned since the state was kept: look for nodes no more often than that is done.
+            elastic_resize_monitor_interval_s=max(60.0, cluster.checkpoint_seconds),
         ),
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
         run_config=ray.train.RunConfig(
@@ -150,7 +162,7 @@ def worker(config: Config, number: int, works: ray.actor.ActorHandle) -> None:
         while (pack := told(lambda: ray.get(works.take.remote(number)))) is not None:
             yield pack
 
-    if told(lambda: ray.get(works.begin.remote(number))):
+    if told(lambda: ray.get(works.begin.remote(number, world))):
         learn(config, packs(), rank, world, torch.distributed.barrier if world > 1 else lambda: None)
     elif rank == 0:  # to raise it would start the group once more
         note(Run(config.run), "models", f"group-{number}", _stillborn(number))

@@ -15,7 +15,7 @@ from selfguide_ray.errors import SelfGuideError
 JOBS = Path(__file__).parents[1] / "jobs"
 sys.path.insert(0, str(JOBS))
 
-from benchmarks import adapters, generation, gpu, identity, memory, peers  # noqa: E402
+from benchmarks import adapters, generation, gpu, identity, memory, peers, training  # noqa: E402
 from benchmarks.workload import EOS, SHAPES, Work, save_model  # noqa: E402
 
 TINY = SHAPES["tiny"]
@@ -136,3 +136,27 @@ def test_memory_is_told(folder):
 def test_the_eos_of_a_model_ends_its_answer():
     assert peers.before_eos([7, 8, EOS, 9]) == (7, 8)
     assert peers.before_eos([7, 8], eos=8) == (7,)
+
+
+def test_packs_and_plain_peft_train_what_is_trained_one_by_one(tmp_path):
+    config = training.Exercise(tasks=3, pairs=16).write(tmp_path / "run", training.NANO, "models.batch_size=2")
+    told = training.resident(config, repeats=1)
+    assert set(told["ratio"]) == {"sequential_resident", "peft_resident"}
+    assert told["ratio"] == {peer: told["ours"] / told[peer] for peer in told["ratio"]}
+    assert told["compared"] == {"ours": 3, "peft_resident": 3}
+    assert max(told["largest_difference_to_one_by_one"].values()) < 5e-3
+    assert told["loss"]["largest_difference"] < 1e-4
+
+
+def test_the_pairs_to_train_on_are_decided_by_seeds(tmp_path):
+    def pairs(name, *overrides):
+        config = training.Exercise(tasks=2, pairs=3).write(tmp_path / name, training.NANO, *overrides)
+        return training.Run(config.run).read_all("trainset")["prompt"].to_pylist()
+
+    assert pairs("one") == pairs("again") != pairs("other", "seed=1")
+    assert len(set(pairs("third"))) == 6
+
+
+def test_the_peer_of_training_learns_in_a_process_of_its_own(tmp_path):
+    config = training.Exercise(tasks=1, pairs=2).write(tmp_path / "run", training.NANO)
+    assert training.theirs(config, "task00") > 0

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,10 @@ BAD_INPUT = {
     "an unknown schema": (["config.yaml", "tasks.source=unknown"], "not in a task schema we know"),
     "a missing model": (["config.yaml", "student.engine=transformers", "student.model=./nowhere"], "does not exist"),
     "a model without weights": (["config.yaml", "student.engine=transformers", "student.model=./bare"], "config.json"),
+    "an engine that is not installed": (
+        ["config.yaml", "student={engine: vllm, model: embedded/nano}"],
+        "not installed",
+    ),
     "a strict run with one broken file": (
         ["config.yaml", "tasks.source=mixed", "tasks.strict=true"],
         "cannot be parsed",
@@ -58,6 +63,8 @@ def test_bad_input_is_told_in_three_parts_and_leaves_nothing(tmp_path, config, c
     broken_task(tmp_path / "mixed", "z_half", '{"Definition": ["x"], "Positive Exa')
     good = EXAMPLES / "example001_review_sentiment.json"
     (tmp_path / "mixed" / good.name).write_text(good.read_text())
+    if case == "an engine that is not installed" and find_spec("vllm"):
+        pytest.skip("vLLM is installed here")
     arguments, told = BAD_INPUT[case]
     done = selfguide("run", *arguments, cwd=tmp_path)
     assert done.returncode == 2

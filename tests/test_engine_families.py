@@ -12,6 +12,7 @@ from selfguide_ray.embedded import resolve
 from selfguide_ray.engine import Request, SamplingParams, make_engine
 from selfguide_ray.engine.batching import Batch
 from selfguide_ray.engine.cached import CachedBatches
+from selfguide_ray.errors import SelfGuideError
 
 VOCABULARY, NEW = 4096, 12
 SMALL = {
@@ -106,3 +107,10 @@ def test_strict_mode_says_the_same(tmp_path):
     model = saved(tmp_path, *OURS["mistral_window"])
     split = prompts(60)
     assert answers(tmp_path, split, strict=True, batch_rows=8)[1] == generated(model, split)
+
+
+def test_strict_mode_is_refused_where_it_cannot_be_kept(tmp_path):
+    saved(tmp_path, *CACHED["bloom"])
+    with pytest.raises(SelfGuideError, match=r"student\.strict") as caught:
+        answers(tmp_path, prompts(2), strict=True)
+    assert "Set student.strict=false" in caught.value.instead

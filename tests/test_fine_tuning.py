@@ -128,6 +128,7 @@ def test_all_weights_can_be_trained_and_loaded(one_process, planned):
     [
         ("models.target_modules=[nowhere]", "fits no module"),
         ("models.learning_rate=1.0e+30", "the loss is"),
+        ("models.quantize=nf4", "nf4 cannot be had here"),
         ("models.deepspeed={zero_optimization: {stage: 9}}", "DeepSpeed does not accept"),
     ],
 )
@@ -151,4 +152,4 @@ def test_finished_tasks_are_skipped_and_a_success_forgets_the_failure(one_proces
     before = json.dumps(run.get_json("models/colours/model.json"))
     learn(config, [Pack((("colours", "00000"),), 1)])
     assert json.dumps(run.get_json("models/colours/model.json")) == before
-    assert untrained(run) == {"starved": ("00000", 0)}
+    assert untrained(run) == {"starved": ("00000", 0, 0)}

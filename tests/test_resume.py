@@ -47,3 +47,26 @@ def test_a_run_killed_in_and_between_all_stages_equals_an_undisturbed_one(tmp_pa
     assert {name: now.get(name) for name in seen} == seen
     assert_equal_runs(disturbed, finish(tmp_path / "calm", SCRIPTED))
     assert not list(Path(disturbed.root).rglob(".tmp-*"))
+
+
+def test_weights_that_do_not_stay_never_pile_up(tmp_path, cluster):
+    """Trained and answered in waves, each of which is removed before the next begins, also across a death."""
+    text = SCRIPTED + "models: {{method: full, keep: none}}\ncluster: {{models_on_disk: 2}}\n"
+    run, seen = Run(str(tmp_path / "run")), []
+
+    def weights():
+        return [path.parent.name for path in Path(run.root).glob("models/[!.]*/memory.json")]
+
+    def answered(run):
+        seen.append(len(weights()))
+        return len(run.shards("predictions")) >= 2
+
+    kill_when(tmp_path, text, answered, delay="0.05")
+    finish(tmp_path, text)
+    assert 0 < max(seen) <= 4  # a wave, and the one before it while it is being removed
+    assert weights() == []
+    assert len(run.trained()) == 8
+    assert {run.get_json(f"models/{task}/model.json")["weights"] for task in run.trained()} == {"removed"}
+    stay = finish(tmp_path / "stay", SCRIPTED + "models: {{method: full, keep: last}}\n")
+    assert run.read_all("predictions").equals(stay.read_all("predictions"))
+    assert len(list(Path(stay.root).glob("models/*/memory.json"))) == 8

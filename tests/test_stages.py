@@ -1,5 +1,6 @@
 """A whole shard through all stages in one process: nothing is lost, nothing leaks, and it comes out the same twice."""
 
+import json
 from collections import Counter
 from dataclasses import replace
 
@@ -10,9 +11,10 @@ from recording import RecordingEngine
 from selfguide_ray.config import load
 from selfguide_ray.embedded import resolve
 from selfguide_ray.engine.scripted import MEMORY
+from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.inputs import Inputs
 from selfguide_ray.metrics import exact_match, macro_f1, rouge_l
-from selfguide_ray.models import learn, publish_untrained, untrained
+from selfguide_ray.models import learn, packs, publish_untrained, untrained
 from selfguide_ray.outputs import Outputs
 from selfguide_ray.predictions import SYSTEMS, Predictions, majority
 from selfguide_ray.run import Run
@@ -45,10 +47,10 @@ def work(stage, config, run, engine):
 
 def train(config, run, without=()):
     """Models for all tasks; those `without` one of their own, and those with nothing to learn from, say so."""
-    for task, (_, tokens) in untrained(run).items():
-        if task in without or not tokens:
+    for task, work in untrained(run).items():
+        if task in without or not work.pairs:
             publish_untrained(run, task)
-    learn(config, [(task, shard) for task, (shard, _) in untrained(run).items()], 0, 1, barrier=lambda: None)
+    learn(config, packs(run, config))
 
 
 def go(folder, tasks, *more, engine=None, without=()):
@@ -379,3 +381,17 @@ def test_a_shard_whose_inputs_were_all_dropped_goes_on_with_empty_tables(example
     told = run.get_json(f"models/{examples[0].name}/model.json")
     assert (told["trained"], told["pairs"]) == (False, 0)
     assert len(rows_of(run, "predictions")) == 60
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [({"weights": "removed"}, "have been removed"), ({"student": {"model": "other"}}, "belong to {'model': 'other'}")],
+)
+def test_weights_that_have_gone_or_belong_to_another_base_are_refused(examples, tmp_path, change, told):
+    run = go(tmp_path, examples[:1])
+    path = f"models/{examples[0].name}/model.json"
+    run.put(path, json.dumps(run.get_json(path) | change).encode())
+    predictions = Predictions(settings(tmp_path), run, RecordingEngine())
+    with pytest.raises(SelfGuideError, match=told) as caught:
+        predictions(run.read("tasks", SHARD))
+    assert caught.value.instead

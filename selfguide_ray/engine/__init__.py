@@ -7,9 +7,11 @@ and a suffix of its own; the split changes the cost and not the result.
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal, Protocol
 
 from selfguide_ray.config import Cluster, Student
+from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.schema import Tokenizer
 
 CPU_KV_GIB = 1.0  # what `student.kv_memory_gib` is on a CPU unless it is given
@@ -115,15 +117,34 @@ def before_stop(text: str, stops: Sequence[str]) -> str:
     return text[: min([at for at in map(text.find, stops) if at >= 0], default=len(text))]
 
 
+def common_head(texts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all begin with."""
+    first, last = min(texts), max(texts)
+    limit = min(len(first), len(last))
+    return next((i for i in range(limit) if first[i] != last[i]), limit)
+
+
 def share_prefix(prompts: Sequence[tuple[int, ...]]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Each prompt split behind the longest prefix common to all; every suffix keeps at least one token."""
     if not prompts:
         return []
-    first, last = min(prompts), max(prompts)
-    length, limit = 0, min(map(len, prompts)) - 1
-    while length < limit and first[length] == last[length]:
-        length += 1
+    length = min(common_head(prompts), min(map(len, prompts)) - 1)
     return [(prompt[:length], prompt[length:]) for prompt in prompts]
+
+
+def check_engine(student: Student) -> None:
+    """Raise SelfGuideError if the engine that the settings name is not installed."""
+    if student.engine == "vllm" and find_spec("vllm") is None:
+        raise no_vllm("there is no module vllm")
+
+
+def no_vllm(why: str) -> SelfGuideError:
+    """What a user is told of a vLLM that cannot be imported."""
+    return SelfGuideError(
+        f"student.engine: vllm is not installed: {why}.",
+        "It is an extra, since it ties the version of torch.",
+        "pip install 'selfguide_ray[vllm]', or take student.engine: transformers.",
+    )
 
 
 def make_engine(student: Student, cluster: Cluster) -> Engine:

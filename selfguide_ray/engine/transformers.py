@@ -26,6 +26,7 @@ from selfguide_ray.engine.cached import CachedBatches
 from selfguide_ray.engine.rows import Row
 from selfguide_ray.engine.trial import Ceiling, Probe, measure_ceiling, probe, tokens_that_fit
 from selfguide_ray.engine.turns import Turns
+from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.schema import row_seed
 from selfguide_ray.student import StudentTokenizer, context_of, locate
 
@@ -86,7 +87,14 @@ class TransformersEngine:
     @functools.cached_property
     def probe(self) -> Probe:
         """What the trial says of the base, which then has our attention if that suits it."""
-        return probe(self.base, self.attention, self.attention_name)
+        found = probe(self.base, self.attention, self.attention_name)
+        if self.student.strict and not found.shared:
+            raise SelfGuideError(
+                f"student.strict: {self.student.model} cannot keep it.",
+                "Its attention is served in padded batches, where the last digits of a row depend on its neighbours.",
+                "Set student.strict=false; the rows' texts then depend on the batch where two tokens are about even.",
+            )
+        return found
 
     @functools.cached_property
     def bounds(self) -> Bounds:

@@ -27,7 +27,7 @@ import torch
 from transformers import AutoConfig, GenerationConfig
 
 from selfguide_ray.config import Cluster, Student
-from selfguide_ray.engine import Completion, Counters, Request
+from selfguide_ray.engine import Completion, Counters, Request, no_vllm
 from selfguide_ray.engine.turns import Turns
 from selfguide_ray.engine.vllm_requests import Answer, Question, complete, questions, read
 from selfguide_ray.engine.vllm_settings import RANKS, arguments, check_settings, dtype_of, parallel_of, set_environment
@@ -83,11 +83,7 @@ class VllmEngine:
             import vllm
             from vllm.platforms import current_platform
         except ImportError as error:
-            raise SelfGuideError(
-                f"student.engine: vllm is not installed: {error}.",
-                "It is an extra, since it ties the version of torch.",
-                "pip install 'selfguide_ray[vllm]', or take student.engine: transformers.",
-            ) from error
+            raise no_vllm(str(error)) from error
         self.device = current_platform.device_type
         self.student, self.cluster = student, cluster
         check_settings(student, self.device)

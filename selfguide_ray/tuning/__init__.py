@@ -35,6 +35,9 @@ class Memory(Protocol):
     def put(self, name: str, data: bytes) -> None:
         """Keep it; whole or not at all."""
 
+    def remove(self, name: str) -> None:
+        """Forget a file, or a folder of them, if it is there."""
+
     def clear(self) -> None:
         """Forget everything."""
 
@@ -58,7 +61,7 @@ def packs_tasks(config: Config) -> bool:
         and models.dropout == 0
         and models.zero_stage == 0
         and not models.deepspeed
-        and config.cluster.workers == 1
+        and config.cluster.workers in (1, (1, 1))
         and config.student.engine != "scripted"
     )
 

@@ -5,17 +5,17 @@ not change what is learned. Loss lies on answer and EOS only, and each optimiser
 """
 
 import contextlib
+import gc
 import math
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import torch
 import torch.distributed
 from peft import get_peft_model
 from pydantic import ValidationError
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from selfguide_ray.config import Config
@@ -25,7 +25,16 @@ from selfguide_ray.schema import row_seed
 from selfguide_ray.student import StudentTokenizer, context_of, locate
 from selfguide_ray.tuning import Lesson, Memory, Told
 from selfguide_ray.tuning.adapter_stack import fits_no_module, lora_config
-from selfguide_ray.tuning.pairs import IGNORED, Pair, batches, first_a, rate_factor, read_pairs
+from selfguide_ray.tuning.layout import lay_out, suits
+from selfguide_ray.tuning.pairs import IGNORED, Pair, Stopping, batches, first_a, hold_out, rate_factor, read_pairs
+from selfguide_ray.tuning.sharded_state import (
+    ShardedState,
+    gathered,
+    import_deepspeed,
+    is_partitioned,
+    return_memory,
+    slices,
+)
 
 ADAPTER = "default"  # the name under which peft saves without a subfolder
 
@@ -35,16 +44,35 @@ def collate(pairs: Sequence[Pair], pad: int) -> tuple[torch.Tensor, torch.Tensor
 
     Padding is told by position, never by token: where pad = EOS, the EOS is learned all the same.
     """
-    width = max(len(pair.prompt) + len(pair.completion) for pair in pairs)
+    width = max(map(len, pairs))
     ids = torch.full((len(pairs), width), pad)
     mask = torch.zeros(len(pairs), width, dtype=torch.long)
     labels = torch.full((len(pairs), width), IGNORED)
     for row, pair in enumerate(pairs):
-        start, end = len(pair.prompt), len(pair.prompt) + len(pair.completion)
+        start, end = len(pair.prompt), len(pair)
         ids[row, :end] = torch.tensor(pair.prompt + pair.completion)
         mask[row, :end] = 1
         labels[row, start:end] = torch.tensor(pair.completion)
     return ids, mask, labels
+
+
+def passes(batch: Sequence[Pair], world: int, room: int) -> list[list[list[Pair]]]:
+    """A batch as passes: of each pass, the pairs of every rank, about `room` tokens at most each.
+
+    All ranks take part in all passes; one that has no pair left for a pass has an empty list there.
+    """
+    ranks: list[list[list[Pair]]] = []
+    for rank in range(world):
+        mine: list[list[Pair]] = []
+        tokens = room
+        for pair in batch[rank::world]:
+            if tokens + len(pair) > room:
+                mine.append([])
+                tokens = 0
+            mine[-1].append(pair)
+            tokens += len(pair)
+        ranks.append(mine)
+    return [[mine[i] if i < len(mine) else [] for mine in ranks] for i in range(max(map(len, ranks)))]
 
 
 class DataParallel:
@@ -53,55 +81,52 @@ class DataParallel:
     def __init__(self, config: Config, rank: int, world: int, base: torch.nn.Module | None = None) -> None:
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
         self.config, self.settings, self.rank, self.world = config, config.models, rank, world
-        self.device = (
-            torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        )
+        gpu = torch.cuda.is_available()
+        self.device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
         self.tokenizer = StudentTokenizer(config.student)
         self.context = context_of(config.student)
-        self._dtype = resolve_dtype(config.student.dtype, self.device)
-        self._load = lambda: AutoModelForCausalLM.from_pretrained(
-            locate(config.student),
-            dtype=self._dtype,
-            use_safetensors=True,
-            trust_remote_code=config.student.trust_remote_code,
-        ).to(self.device)
+        self.dtype = resolve_dtype(config.student.dtype, self.device)
+        self.packs: bool | None = None  # whether passes are laid out without needless tokens; known with the first task
         self._base = base
+        if config.models.zero_stage == 3 and self.device.type == "cpu":
+            return_memory()
 
     def train(self, pack: Sequence[Lesson], memory: Memory) -> dict[str, Told | SelfGuideError]:
         """See `tuning.Tuner`. A loss that is not finite fails the task."""
         told: dict[str, Told | SelfGuideError] = {}
         for lesson in pack:
             try:
-                told[lesson.task] = self._train(lesson.task, lesson.rows, lesson.folder)
+                told[lesson.task] = self._train(lesson, memory)
             except SelfGuideError as error:
                 told[lesson.task] = error
         return told
 
-    def _train(self, task: str, rows: pa.Table, folder: Path | None) -> Told:
-
-        seed = row_seed(self.config.seed, task, "train")
-        pairs = read_pairs(task, rows, self.tokenizer, self.context)
+    def _train(self, lesson: Lesson, memory: Memory) -> Told:
+        seed = row_seed(self.config.seed, lesson.task, "train")
+        pairs = read_pairs(lesson.task, lesson.rows, self.tokenizer, self.context)
         started = time.monotonic()
-        torch.manual_seed(seed)
         with self._trainable(seed) as model:
-            losses, steps = self._fit(task, model, pairs, seed)
-            self._save(model, folder)
-        return {
-            "pairs": len(pairs),
-            "steps": steps,
-            "losses": losses,  # mean over answer tokens (nats), an epoch each
-            "seconds": time.monotonic() - started,
-        }
+            fitting = Fitting(self, lesson, model, pairs, seed, memory)
+            try:
+                told = fitting.run()
+            finally:
+                fitting.engine.destroy()
+                fitting.optimizer.state.clear()  # ZeRO-3's parameters refer to it as long as they live
+                del fitting
+                gc.collect()
+            self._save(model, lesson)
+        return told | {"seconds": time.monotonic() - started}
+
+    # --- the model
 
     @contextlib.contextmanager
     def _trainable(self, seed: int) -> Iterator[torch.nn.Module]:
         """The base with a fresh adapter, or a fresh copy of the base; the base itself stays loaded and untouched."""
         if self.settings.method == "full":
-            yield self._load().train()
+            yield self._load()
             return
         if self._base is None:
             self._base = self._load()
-
         try:
             model = get_peft_model(
                 self._base, lora_config(self.settings), adapter_name=ADAPTER, autocast_adapter_dtype=False
@@ -114,64 +139,62 @@ class DataParallel:
                     weight = layer.lora_A[ADAPTER].weight
                     weight.copy_(first_a(name.removeprefix("base_model.model."), tuple(weight.shape), seed))
         try:
-            yield model.train()
+            yield model
         finally:
             self._base = model.unload()
 
-    def _fit(self, task: str, model: torch.nn.Module, pairs: list[Pair], seed: int) -> tuple[list[float], int]:
-        """Run all optimiser steps; returns each epoch's mean loss a token, and the number of steps."""
+    def _load(self) -> torch.nn.Module:
+        """The student; under ZeRO-3 every worker keeps only its part, from the first byte on."""
+        with self._in_parts():
+            model = AutoModelForCausalLM.from_pretrained(
+                locate(self.config.student),
+                dtype=self.dtype,
+                use_safetensors=True,
+                trust_remote_code=self.config.student.trust_remote_code,
+            )
+        return model.to(self.device)
 
-        plan = list(batches(len(pairs), self.settings, seed))
-        engine = self._deepspeed(model, len(plan))
-        summed = [[0.0, 0] for _ in range(self.settings.epochs)]
-        pad = self.tokenizer.hf.pad_token_id or 0
+    @contextlib.contextmanager
+    def _in_parts(self) -> Iterator[None]:
+        settings = self.deepspeed_settings()
+        if self.world == 1 or settings["zero_optimization"]["stage"] != 3:
+            yield
+            return
+        from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+        import_deepspeed()
+        known = HfDeepSpeedConfig(settings)  # transformers looks for it while it loads
         try:
-            for step, (epoch, members) in enumerate(plan):
-                tokens = sum(len(pairs[i].completion) for i in members)
-                mine = [pairs[i] for i in members[self.rank :: self.world]]
-                # A rank without a pair of its own still takes part in the step, with a row that carries no loss.
-                ids, mask, labels = collate(mine or [pairs[members[0]]], pad)
-                if not mine:
-                    labels.fill_(IGNORED)
-                loss = self._loss(engine, ids, mask, labels)
-                engine.backward(
-                    loss * self.world / tokens
-                )  # DeepSpeed averages over ranks; this makes it the mean a token
-                engine.step()
-                total = self._over_ranks(loss.detach())
-                if not math.isfinite(total):
-                    raise SelfGuideError(
-                        f"{task}: the loss is {total} at step {step + 1} of {len(plan)}.",
-                        "Training has diverged, and its weights would be worthless.",
-                        "Lower models.learning_rate, or set student.dtype=float32.",
-                    )
-                summed[epoch][0] += total
-                summed[epoch][1] += tokens
+            with self.refused():
+                yield
         finally:
-            engine.destroy()
-        torch.manual_seed(seed)  # leave the generator where the next task does not depend on this one
-        return [total / max(1, count) for total, count in summed], len(plan)
+            unset_hf_deepspeed_config()
+            del known
 
-    def _loss(self, engine: Any, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Summed cross-entropy of the labelled tokens."""
-        from torch.nn.functional import cross_entropy
+    # --- DeepSpeed
 
-        logits = engine(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), use_cache=False).logits
-        return cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(),
-            labels[:, 1:].flatten().to(self.device),
-            ignore_index=IGNORED,
-            reduction="sum",
-        )
+    def deepspeed_settings(self) -> dict[str, Any]:
+        """DeepSpeed's configuration: the user's keys over ours, those inside a section likewise."""
+        half, stage = self.dtype != torch.float32, self.settings.zero_stage
+        ours: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": math.ceil(self.settings.batch_size / self.world),
+            "gradient_accumulation_steps": 1,  # we say ourselves which pass is a step's last
+            "gradient_clipping": self.settings.clip,
+            # Half precision needs float32 copies to learn; those of stage 1 can be read and put back.
+            "zero_optimization": {"stage": max(stage, 1) if half else stage},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "bf16": {"enabled": self.dtype == torch.bfloat16},
+            "fp16": {"enabled": self.dtype == torch.float16},
+            "steps_per_print": 1 << 30,
+        }
+        for key, value in self.settings.deepspeed.items():
+            both = isinstance(value, dict) and isinstance(ours.get(key), dict)
+            ours[key] = {**ours[key], **value} if both else value
+        return ours
 
-    def _over_ranks(self, loss: torch.Tensor) -> float:
-        if self.world > 1:
-            torch.distributed.all_reduce(loss)
-        return loss.item()
-
-    def _deepspeed(self, model: torch.nn.Module, steps: int) -> Any:
-        """A DeepSpeed engine around the trainable parameters."""
-
+    def start_engine(self, model: torch.nn.Module) -> tuple[Any, torch.optim.Optimizer]:
+        """A DeepSpeed engine around the trainable parameters, and torch's optimiser inside it."""
         deepspeed = import_deepspeed()
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(
@@ -180,50 +203,197 @@ class DataParallel:
             betas=(0.9, 0.999),
             eps=1e-8,
             weight_decay=self.settings.weight_decay,
+            fused=True,  # without temporaries of the weights' size
         )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, steps, self.settings))
-        settings = {
-            "train_micro_batch_size_per_gpu": math.ceil(self.settings.batch_size / self.world),
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": self.settings.clip,
-            "zero_optimization": {"stage": self.settings.zero_stage},
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "bf16": {"enabled": self._dtype == torch.bfloat16},
-            "fp16": {"enabled": self._dtype == torch.float16},
-            "steps_per_print": 1 << 30,
-            **self.settings.deepspeed,
-        }
+        settings = self.deepspeed_settings()
+        if settings["zero_optimization"].get("stage") == 3:
+            settings["zero_optimization"] = slices(model) | settings["zero_optimization"]
+        with self.refused():
+            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        return engine, optimizer
+
+    @contextlib.contextmanager
+    def refused(self) -> Iterator[None]:
+        """Explain what DeepSpeed says of settings that it does not accept."""
+        deepspeed = import_deepspeed()
         try:
-            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings)
+            yield
         except (ValidationError, deepspeed.DeepSpeedConfigError, AssertionError) as error:
             raise SelfGuideError(
                 f"models.deepspeed: DeepSpeed does not accept {self.settings.deepspeed}.",
                 " ".join(str(error).split())[:500],
                 "See DeepSpeed's documentation of its configuration.",
             ) from error
-        return engine
 
-    def _save(self, model: torch.nn.Module, folder: Path | None) -> None:
-        """Adapter or weights as safetensors; sharded parameters are gathered on the way."""
-        sharded = self.settings.zero_stage == 3
-        gathered = contextlib.nullcontext()
-        if sharded:
-            parameters = [p for p in model.parameters() if p.requires_grad]
-            gathered = import_deepspeed().zero.GatheredParameters(parameters, modifier_rank=None)
-        with gathered:
-            if folder is not None:
-                model.save_pretrained(folder)
-                if self.settings.method == "full":
-                    self.tokenizer.hf.save_pretrained(folder)
+    def _save(self, model: torch.nn.Module, lesson: Lesson) -> None:
+        """Adapter or weights as safetensors. Rank 0 has them whole, and only the others' parts one after the other."""
+        full, state = self.settings.method == "full", {}
+        whole: dict[int, torch.Tensor] = {}  # tied weights stay one, and are written once
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if not full and not tensor.requires_grad:
+                continue
+            with gathered(tensor):
+                if lesson.folder is not None:
+                    if id(tensor) not in whole:
+                        whole[id(tensor)] = tensor.detach().to("cpu", copy=is_partitioned(tensor))
+                    state[name] = whole[id(tensor)]
+        if lesson.folder is not None:
+            model.save_pretrained(lesson.folder, state_dict=state)
+            if full:
+                self.tokenizer.hf.save_pretrained(lesson.folder)
 
 
-def import_deepspeed() -> Any:
-    """DeepSpeed, kept from compiling its shared-memory extension in the middle of a run.
+class Fitting:
+    """The training of one task."""
 
-    That build takes minutes and looks like a hang; without it DeepSpeed falls back to torch's collectives.
-    """
-    import deepspeed
+    def __init__(
+        self, tuner: DataParallel, lesson: Lesson, model: torch.nn.Module, pairs: list[Pair], seed: int, memory: Memory
+    ) -> None:
+        self.tuner, self.settings, self.task, self.seed = tuner, tuner.settings, lesson.task, seed
+        self.rank, self.world, self.device = tuner.rank, tuner.world, tuner.device
+        self.pairs, self.validation = hold_out(pairs, self.settings.validation, seed)
+        self.plan = list(batches(len(self.pairs), self.settings, seed))
+        self.stopping = Stopping(self.settings.patience)
+        self.losses: list[float] = []  # of each epoch, mean over answer tokens
+        self.summed, self.step = 0.0, 0
+        if self.settings.gradient_checkpointing:
+            model.enable_input_require_grads()
+            # ZeRO-3 lets go of weights in between, which torch's newer way takes for a change of the graph.
+            stage = tuner.deepspeed_settings()["zero_optimization"].get("stage")
+            model.gradient_checkpointing_enable({"use_reentrant": stage == 3})
+        self.engine, self.optimizer = tuner.start_engine(model)
+        self.state = ShardedState(self.engine, self.optimizer, memory, lesson.task, self.rank, self.world)
+        self.best_world = self.world  # of the workers that wrote the best weights
+        self.kept_best: int | None = None  # the epoch whose weights the last checkpoint counts on
+        self.saved = time.monotonic()
+        if tuner.packs is None:
+            tuner.packs = self._suits_packing()
+        self._recall()
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
+    def run(self) -> Told:
+        """All steps from where the memory ends; returns what is told of the task."""
+        while self.step < len(self.plan) and not self.stopping.over:
+            self._learn()
+        kept = len(self.losses) - 1
+        if self.settings.keep != "last" and self.validation:
+            kept = self.stopping.best
+            if kept != len(self.losses) - 1:
+                self.state.get(f"best-{kept}", self.best_world)
+        return {
+            "pairs": len(self.pairs) + len(self.validation),
+            "steps": self.step,
+            "losses": self.losses,
+            "validation_losses": self.stopping.losses,
+            "epoch": kept + 1,  # whose weights these are
+        }
+
+    def _learn(self) -> None:
+        """One optimiser step, and what follows from it."""
+        epoch, members = self.plan[self.step]
+        batch = [self.pairs[i] for i in members]
+        tokens = sum(len(pair.completion) for pair in batch)
+        # Dropout must not depend on what was drawn before a death.
+        torch.manual_seed(row_seed(self.seed, "step", self.step, self.rank))
+        self.engine.train()
+        loss = torch.zeros((), device=self.device)
+        todo = passes(batch, self.world, self.tuner.config.cluster.tokens_per_pass)
+        for number, parts in enumerate(todo):
+            self.engine.set_gradient_accumulation_boundary(number == len(todo) - 1)
+            part = self._loss(parts[self.rank], batch[0])
+            # DeepSpeed averages over ranks; this makes it the mean a token.
+            self.engine.backward(part * self.world / tokens, scale_wrt_gas=False)
+            loss += part.detach()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.peak_rate * rate_factor(self.step, len(self.plan), self.settings)
+        self.engine.step()
+        self.step += 1
+        due = time.monotonic() - self.saved >= self.tuner.config.cluster.checkpoint_seconds
+        total, due = self._over_ranks(torch.stack([loss, loss.new_tensor(float(due and self.rank == 0))]))
+        self.summed += total
+        if not math.isfinite(total):
+            raise SelfGuideError(
+                f"{self.task}: the loss is {total} at step {self.step} of {len(self.plan)}.",
+                "Training has diverged, and its weights would be worthless.",
+                "Lower models.learning_rate, or set student.dtype=float32.",
+            )
+        if self.step == len(self.plan) or self.plan[self.step][0] != epoch:
+            self._end_epoch(epoch)
+        if due:
+            self._remember()
+
+    def _end_epoch(self, epoch: int) -> None:
+        """Note the epoch's loss, validate, and keep the weights if they are the best so far."""
+        learned = sum(len(self.pairs[i].completion) for e, members in self.plan if e == epoch for i in members)
+        self.losses.append(self.summed / learned)
+        self.summed = 0.0
+        if not self.validation:
+            return
+        before = self.stopping.best if self.stopping.losses else None
+        loss = self._validate()
+        self.stopping.losses.append(loss if math.isfinite(loss) else math.inf)
+        if self.stopping.best == epoch and self.settings.keep != "last":
+            self.state.put(f"best-{epoch}")
+            self.best_world = self.world
+            if before not in (None, self.kept_best):
+                self.state.forget(f"best-{before}")
+
+    @torch.no_grad()
+    def _validate(self) -> float:
+        """Mean loss a token of the pairs held out."""
+        self.engine.eval()
+        loss = torch.zeros((), device=self.device)
+        for parts in passes(self.validation, self.world, self.tuner.config.cluster.tokens_per_pass):
+            loss += self._loss(parts[self.rank], self.validation[0])
+        return self._over_ranks(loss[None])[0] / sum(len(pair.completion) for pair in self.validation)
+
+    def _loss(self, pairs: list[Pair], filler: Pair) -> torch.Tensor:
+        """Summed cross-entropy of a pass; one without pairs goes through the model with nothing to learn."""
+        if self.tuner.packs:
+            some = pairs or [Pair(filler.prompt[-1:], (IGNORED,))]
+            return lay_out([some], self.device, self.tuner.dtype).losses(self.engine).sum()
+        ids, mask, labels = collate(pairs or [filler], self.tuner.tokenizer.hf.pad_token_id or 0)
+        if not pairs:
+            labels.fill_(IGNORED)
+        logits = self.engine(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), use_cache=False).logits
+        return cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(),
+            labels[:, 1:].flatten().to(self.device),
+            ignore_index=IGNORED,
+            reduction="sum",
+        )
+
+    def _over_ranks(self, values: torch.Tensor) -> list[float]:
+        """Sums over ranks, the same on all of them."""
+        if self.world > 1:
+            torch.distributed.all_reduce(values)
+        return values.tolist()
+
+    def _suits_packing(self) -> bool:
+        """Whether every rank finds that the student computes the same from a packed layout."""
+        self.engine.eval()
+        fits = suits(self.engine.module)
+        return self._over_ranks(torch.tensor([float(fits)], device=self.device))[0] == self.world
+
+    # --- what a new group goes on from
+
+    def _remember(self) -> None:
+        before, self.kept_best = self.kept_best, self.stopping.best if self.stopping.losses else None
+        about = {
+            "steps": len(self.plan),
+            "summed": self.summed,
+            "losses": self.losses,
+            "validation": self.stopping.losses,
+            "best_world": self.best_world,
+        }
+        self.state.remember(self.step, {"step": self.step} | about)
+        if before not in (None, self.kept_best):
+            self.state.forget(f"best-{before}")
+        self.saved = time.monotonic()
+
+    def _recall(self) -> None:
+        about = self.state.recall(len(self.plan))
+        if about is None:
+            return
+        self.step, self.summed, self.losses = about["step"], about["summed"], about["losses"]
+        self.stopping.losses, self.best_world = about["validation"], about["best_world"]
+        self.kept_best = self.stopping.best if self.stopping.losses else None

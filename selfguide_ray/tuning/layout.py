@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from selfguide_ray.engine import common_head
 from selfguide_ray.tuning.pairs import IGNORED, Pair
 
 HEAD, PADDING = -1, -2  # in place of a pair's number
@@ -42,13 +43,6 @@ class Layout:
             logits.flatten(0, 1).float(), self.targets.flatten(), ignore_index=IGNORED, reduction="none"
         )
         return each.view(self.targets.shape).sum(1)
-
-
-def common_head(prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all begin with."""
-    first, last = min(prompts), max(prompts)
-    limit = min(len(first), len(last))
-    return next((i for i in range(limit) if first[i] != last[i]), limit)
 
 
 def lay_out(batches: Sequence[Sequence[Pair]], device: torch.device, dtype: torch.dtype) -> Layout:

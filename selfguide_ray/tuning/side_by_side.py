@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 from safetensors.torch import load, save
-from transformers import AutoModelForCausalLM
 
 from selfguide_ray.config import Config
 from selfguide_ray.engine.transformers import resolve_dtype
 from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.schema import row_seed
-from selfguide_ray.student import StudentTokenizer, context_of, locate
+from selfguide_ray.student import StudentTokenizer, context_of
 from selfguide_ray.tuning import Lesson, Memory, Told
 from selfguide_ray.tuning.adapter_stack import AdapterStack, targeted
+from selfguide_ray.tuning.base import load_base, training_device
 from selfguide_ray.tuning.layout import lay_out, suits
 from selfguide_ray.tuning.pairs import IGNORED, Pair, Stopping, batches, hold_out, rate_factor, read_pairs
 
@@ -58,8 +58,7 @@ class SideBySide:
     def __init__(self, config: Config) -> None:
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
         self.config, self.settings = config, config.models
-        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(self.device)
+        self.device = training_device()
         self.tokenizer = StudentTokenizer(config.student)
         self.context = context_of(config.student)
         self.base: torch.nn.Module | None = None
@@ -68,18 +67,14 @@ class SideBySide:
     def _start(self) -> None:
         """Load the student, and see what of it gets adapters."""
         student = self.config.student
-        self.base = AutoModelForCausalLM.from_pretrained(
-            locate(student),
-            dtype=resolve_dtype(student.dtype, self.device),
-            use_safetensors=True,
-            trust_remote_code=student.trust_remote_code,
-        )
-        self.base.to(self.device).requires_grad_(False).eval()  # no dropout in the base: what a task learns is its own
-        self.shapes = targeted(self.base, self.settings, student.model)
-        if self.shapes is None or not suits(self.base):
+        base = load_base(self.config, self.device, resolve_dtype(student.dtype, self.device))
+        base.requires_grad_(False).eval()  # no dropout in the base: what a task learns is its own
+        self.shapes = targeted(base, self.settings, student.model)
+        if self.shapes is None or not suits(base):
             from selfguide_ray.tuning.data_parallel import DataParallel
 
-            self.alone = DataParallel(self.config, 0, 1, self.base)
+            self.alone = DataParallel(self.config, 0, 1, base)
+        self.base = base
 
     def train(self, pack: Sequence[Lesson], memory: Memory) -> dict[str, Told | SelfGuideError]:
         """See `tuning.Tuner`. A task whose loss is not finite fails, and the others go on."""
@@ -231,7 +226,7 @@ class Fitting:
                 continue
             chosen = self.stack.values[n]
             kept = len(one.losses) - 1
-            if self.settings.select == "best" and self.best is not None and one.stopping.losses:
+            if self.settings.keep != "last" and self.best is not None and one.stopping.losses:
                 chosen, kept = self.best[n], one.stopping.best
             if one.lesson.folder is not None:
                 self.stack.save(n, chosen, self.settings, self.tuner.config.student.model, one.lesson.folder)

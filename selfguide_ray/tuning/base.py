@@ -1,0 +1,48 @@
+"""The student as training loads it."""
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from selfguide_ray.config import Config
+from selfguide_ray.errors import SelfGuideError
+from selfguide_ray.student import locate
+
+
+def training_device() -> torch.device:
+    """The GPU that this process was given, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def load_base(config: Config, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """The student's weights in a number format, or in four bits where `models.quantize` asks for it (QLoRA).
+
+    Raises SelfGuideError where four bits cannot be had.
+    """
+    student = config.student
+    more: dict[str, Any] = {}
+    if config.models.quantize == "nf4":
+        more = _four_bits(config, device, dtype)
+    model = AutoModelForCausalLM.from_pretrained(
+        locate(student), dtype=dtype, use_safetensors=True, trust_remote_code=student.trust_remote_code, **more
+    )
+    return model if more else model.to(device)
+
+
+def _four_bits(config: Config, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    if config.models.method == "full":
+        why = "Four-bit weights are frozen: only an adapter can be trained on them."
+    elif device.type != "cuda":
+        why = "Four-bit weights are computed by a GPU, and this worker has none."
+    elif find_spec("bitsandbytes") is None:
+        why = "They are made by the package bitsandbytes, which is not installed."
+    else:
+        from transformers import BitsAndBytesConfig
+
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
+        )
+        return {"quantization_config": quantization, "device_map": {"": device}}
+    raise SelfGuideError("models.quantize: nf4 cannot be had here.", why, "Set models.quantize=none, or see to that.")
