@@ -85,28 +85,34 @@ def train_packs(config: Config, packs: Sequence[Pack]) -> Iterator[tuple[str, bo
     works = ray.remote(num_cpus=0)(WorkList).options(scheduling_strategy=here).remote(list(packs))
     launch = ray.remote(num_cpus=0, max_retries=0)(train_group).options(scheduling_strategy=here)
     groups = [launch.remote(config, number, works) for number in range(min(config.cluster.groups, len(packs)))]
-    started = len(groups)
+    ended: set[int] = set()
     expected = {task for pack in packs for task, _ in pack.tasks} - set(run.trained())
     while expected:
-        # Whether all groups have ended is asked before the listing, so that the last look misses nothing.
-        _, running = ray.wait(groups, num_returns=len(groups), timeout=POLL_SECONDS)
+        # Which groups have ended is asked before the listing, so that the last look misses nothing.
+        ready, running = ray.wait(groups, num_returns=len(groups), timeout=POLL_SECONDS)
+        for number in {groups.index(group) for group in ready} - ended:
+            ended.add(number)
+            with noted(run, "models", f"group-{number}"):
+                ray.get(groups[number])
+            ray.get(works.release.remote(number))  # one that was killed could not do so
         published = sorted(expected & set(run.trained()))
         yield from ((task, True) for task in published)
         expected -= set(published)
         if not running and expected:
             waiting, given_up = ray.get(works.left.remote())
-            if not waiting or started >= len(packs) + config.cluster.groups:
+            if not waiting or len(groups) >= DEATHS * len(packs) + config.cluster.groups:
                 for task in given_up:
                     note(run, "models", task, _deadly(task))
                 yield from ((task, False) for task in sorted(expected))
                 break
-            groups.append(launch.remote(config, started, works))  # takes over what the others left
-            started += 1
-    ray.get(groups)
+            groups.append(launch.remote(config, len(groups), works))  # takes over what the others left
+    ray.wait(groups, num_returns=len(groups))
     ray.kill(works)
     run.remove(HIDDEN)
     if not expected:
         run.remove(UNFINISHED)  # what other settings had begun
+        for number in range(len(groups)):  # another has done what one failed to do
+            clear(run, "models", f"group-{number}")
 
 
 def _deadly(task: str) -> SelfGuideError:
@@ -143,7 +149,6 @@ def train_group(config: Config, number: int, works: ray.actor.ActorHandle) -> No
     clear(run, "models", unit)
     with noted(run, "models", unit):
         trainer.fit()
-    ray.get(works.release.remote(number))
 
 
 def worker(config: Config, number: int, works: ray.actor.ActorHandle) -> None:

@@ -49,7 +49,7 @@ def cluster() -> Iterator[str]:
     """A local Ray cluster that lasts as long as the tests; jobs that they start find it through RAY_ADDRESS."""
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     address = ray.get_runtime_context().gcs_address
     before = os.environ.get("RAY_ADDRESS")
     os.environ["RAY_ADDRESS"] = address

@@ -99,9 +99,14 @@ def write_all(run, systems=SYSTEMS, tables=tuple(TABLES), models=True):
         run.write("tasks", shard, task_rows(tasks), {"kept": len(tasks)})
         for table in set(tables) - {"tasks"}:
             tokens = {"prompt_tokens": 1000, "cached_tokens": 900, "generated_tokens": 300} if table == "inputs" else {}
-            if table == "inputs":
+            if table in ("inputs", "scores"):
                 tokens["engine_rates"] = {"occupancy": 0.5, "share_of_ceiling": None}
-            run.write(table, shard, rows(table, content[table]), {"seconds": 21.0, "engine": "scripted", **tokens})
+            run.write(
+                table,
+                shard,
+                rows(table, content[table]),
+                {"seconds": 21.0, "node": "n", "engine": "scripted", **tokens},
+            )
     for task in TASKS if models else ():
         trained = {"trained": True, "pairs": 3, "steps": 9, "losses": [1.23456, 0.5, 0.25], "seconds": 7.0}
         nothing = {"trained": False, "pairs": 0, "reason": "no training pair survived"}
@@ -304,8 +309,13 @@ def test_samples_show_pairs_drops_and_predictions(page):
 
 def test_costs_are_summed_over_the_receipts(page):
     assert page.row("made", "inputs") == [
-        "inputs", "2 shards", "42.0 s", "2,000", "90 %", "600", "14", "50 %", "–", "scripted",
+        "inputs", "2 shards", "42.0 s", "2,000", "90 %", "600", "14", "50 %", "–", "1",
     ]  # fmt: skip
+    assert page.text("made").count("Engine: scripted") == 1
+    assert page.row("made", "scores")[-3:-1] == [
+        "–",
+        "–",
+    ]  # it generates nothing: what others did meanwhile is not its own
     assert page.row("made", "models")[1:3] == ["4 tasks", "21.0 s"]
     assert page.row("made", "all")[2:6] == ["3.9 min", "2,000", "", "600"]  # five tables of 42 s, models of 21 s
 
