@@ -14,6 +14,7 @@ import ray.actor
 import ray.train
 import ray.train.torch
 import torch.distributed
+from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from selfguide_ray.config import Config
@@ -38,15 +39,16 @@ class WorkList:
         self.deaths: Counter[str] = Counter()
         self.starts: Counter[int] = Counter()
         self.workers: dict[int, int] = {}
+        self.places: dict[int, PlacementGroup | None] = {}
         self.given_up: list[str] = []
 
-    def begin(self, group: int, workers: int) -> bool:
+    def begin(self, group: int, workers: int, place: PlacementGroup | None = None) -> bool:
         """A group starts: what it had in hand goes back. False if it should not go on starting.
 
         One that comes back with another number of workers was resized: nodes came or went, and its pack is not to blame.
         """
         died = workers == self.workers.get(group, workers)
-        self.workers[group] = workers
+        self.workers[group], self.places[group] = workers, place
         self.release(group, died)
         self.starts[group] += died
         return self.starts[group] <= STARTS
@@ -73,6 +75,10 @@ class WorkList:
         else:
             self.given_up += [task for task, _ in pack.tasks]
 
+    def place(self, group: int) -> PlacementGroup | None:
+        """What a group holds of the cluster."""
+        return self.places.get(group)
+
     def left(self) -> tuple[int, list[str]]:
         """How many packs wait, and the tasks given up."""
         return len(self.waiting), self.given_up
@@ -94,7 +100,10 @@ def train_packs(config: Config, packs: Sequence[Pack]) -> Iterator[tuple[str, bo
             ended.add(number)
             with noted(run, "models", f"group-{number}"):
                 ray.get(groups[number])
-            ray.get(works.release.remote(number))  # one that was killed could not do so
+            # One that was killed could not do so. What it holds of the cluster Ray frees only where there is a dashboard.
+            ray.get(works.release.remote(number))
+            if (place := ray.get(works.place.remote(number))) is not None:
+                remove_placement_group(place)
         published = sorted(expected & set(run.trained()))
         yield from ((task, True) for task in published)
         expected -= set(published)
@@ -167,7 +176,7 @@ def worker(config: Config, number: int, works: ray.actor.ActorHandle) -> None:
         while (pack := told(lambda: ray.get(works.take.remote(number)))) is not None:
             yield pack
 
-    if told(lambda: ray.get(works.begin.remote(number, world))):
+    if told(lambda: ray.get(works.begin.remote(number, world, get_current_placement_group()))):
         learn(config, packs(), rank, world, torch.distributed.barrier if world > 1 else lambda: None)
     elif rank == 0:  # to raise it would start the group once more
         note(Run(config.run), "models", f"group-{number}", _stillborn(number))

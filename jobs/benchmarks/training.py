@@ -45,6 +45,7 @@ TOGETHER = (8, 16)  # cluster.tasks_per_batch tried
 # Tasks of a turn of what trains one at a time: a task's time is the mean of theirs, and the next turn takes others.
 SAMPLE = {"process_per_task": 2, "ray_train_per_task": 2, "sequential_resident": 8, "peft_resident": 4}
 BATCH, OTHER = 4, 1  # pairs in a step: of the headline, and the default besides
+GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 OURS = """
 import sys
 from selfguide_ray.config import load
@@ -167,7 +168,8 @@ def theirs(config: Config, task: str) -> float:
 
 def _execute(*arguments: str) -> str:
     """What a Python process with one thread prints."""
-    environment = os.environ | process_environment(1, 0)
+    # A group of processes that this one belongs to is not theirs.
+    environment = {k: v for k, v in os.environ.items() if k not in GROUP} | process_environment(1, 0)
     done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr)
