@@ -16,17 +16,27 @@ import torch.distributed
 from peft import get_peft_model
 from pydantic import ValidationError
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
 
 from selfguide_ray.config import Config
 from selfguide_ray.engine.transformers import resolve_dtype
 from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.schema import row_seed
-from selfguide_ray.student import StudentTokenizer, context_of, locate
+from selfguide_ray.student import StudentTokenizer, context_of
 from selfguide_ray.tuning import Lesson, Memory, Told
 from selfguide_ray.tuning.adapter_stack import fits_no_module, lora_config
+from selfguide_ray.tuning.base import load_base, training_device
 from selfguide_ray.tuning.layout import lay_out, suits
-from selfguide_ray.tuning.pairs import IGNORED, Pair, Stopping, batches, first_a, hold_out, rate_factor, read_pairs
+from selfguide_ray.tuning.pairs import (
+    IGNORED,
+    Pair,
+    Stopping,
+    batches,
+    first_a,
+    hold_out,
+    mute,
+    rate_factor,
+    read_pairs,
+)
 from selfguide_ray.tuning.sharded_state import (
     ShardedState,
     gathered,
@@ -81,8 +91,7 @@ class DataParallel:
     def __init__(self, config: Config, rank: int, world: int, base: torch.nn.Module | None = None) -> None:
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
         self.config, self.settings, self.rank, self.world = config, config.models, rank, world
-        gpu = torch.cuda.is_available()
-        self.device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+        self.device = training_device()
         self.tokenizer = StudentTokenizer(config.student)
         self.context = context_of(config.student)
         self.dtype = resolve_dtype(config.student.dtype, self.device)
@@ -146,13 +155,7 @@ class DataParallel:
     def _load(self) -> torch.nn.Module:
         """The student; under ZeRO-3 every worker keeps only its part, from the first byte on."""
         with self._in_parts():
-            model = AutoModelForCausalLM.from_pretrained(
-                locate(self.config.student),
-                dtype=self.dtype,
-                use_safetensors=True,
-                trust_remote_code=self.config.student.trust_remote_code,
-            )
-        return model.to(self.device)
+            return load_base(self.config, self.device, self.dtype)
 
     @contextlib.contextmanager
     def _in_parts(self) -> Iterator[None]:
@@ -349,7 +352,7 @@ class Fitting:
     def _loss(self, pairs: list[Pair], filler: Pair) -> torch.Tensor:
         """Summed cross-entropy of a pass; one without pairs goes through the model with nothing to learn."""
         if self.tuner.packs:
-            some = pairs or [Pair(filler.prompt[-1:], (IGNORED,))]
+            some = pairs or [mute(filler)]
             return lay_out([some], self.device, self.tuner.dtype).losses(self.engine).sum()
         ids, mask, labels = collate(pairs or [filler], self.tuner.tokenizer.hf.pad_token_id or 0)
         if not pairs:

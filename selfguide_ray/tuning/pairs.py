@@ -63,6 +63,11 @@ def hold_out(pairs: Sequence[Pair], share: float, seed: int) -> tuple[list[Pair]
     return [p for i, p in enumerate(pairs) if i not in chosen], [p for i, p in enumerate(pairs) if i in chosen]
 
 
+def mute(pair: Pair) -> Pair:
+    """A pair that fills a task's place in a pass, with nothing to learn."""
+    return Pair(pair.prompt[-1:], (IGNORED,))
+
+
 def batches(count: int, settings: Models, seed: int) -> Iterator[tuple[int, list[int]]]:
     """(epoch, indices of the pairs) of every optimiser step: each epoch in a new order that the seed decides."""
     for epoch in range(settings.epochs):

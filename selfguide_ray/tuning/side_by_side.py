@@ -24,7 +24,7 @@ from selfguide_ray.tuning import Lesson, Memory, Told
 from selfguide_ray.tuning.adapter_stack import AdapterStack, targeted
 from selfguide_ray.tuning.base import load_base, training_device
 from selfguide_ray.tuning.layout import lay_out, suits
-from selfguide_ray.tuning.pairs import IGNORED, Pair, Stopping, batches, hold_out, rate_factor, read_pairs
+from selfguide_ray.tuning.pairs import Pair, Stopping, batches, hold_out, mute, rate_factor, read_pairs
 
 STATE = "state.safetensors"
 
@@ -294,11 +294,6 @@ class Fitting:
                     "step": step.to(self.device),
                     **{name: x.to(self.device) for name, x in state.items()},
                 }
-
-
-def mute(pair: Pair) -> Pair:
-    """A pair that fills a task's place in a pass, with nothing to learn."""
-    return Pair(pair.prompt[-1:], (IGNORED,))
 
 
 def diverged(task: str, loss: float, epoch: int) -> SelfGuideError:
