@@ -14,6 +14,7 @@ import uuid
 
 import pytest
 import torch
+from alike import plain_step
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -28,7 +29,7 @@ from selfguide_ray.schema import TABLES, row_seed, task_rows
 from selfguide_ray.student import StudentTokenizer
 from selfguide_ray.tuning import data_parallel, packs_tasks
 from selfguide_ray.tuning.data_parallel import passes
-from selfguide_ray.tuning.pairs import IGNORED, Pair, batches, rate_factor
+from selfguide_ray.tuning.pairs import Pair, batches, rate_factor
 
 pytestmark = pytest.mark.slow
 SECONDS = 100  # after which ranks hang
@@ -231,17 +232,8 @@ def plain_loop(config, run, task):
     sums = [[0.0, 0] for _ in range(config.models.epochs)]
     for step, (epoch, members) in enumerate(plan):
         optimizer.param_groups[0]["lr"] = 0.003 * rate_factor(step, len(plan), config.models)
-        total, count = 0.0, 0
-        for i in members:
-            prompt, answer = tokenizer.encode(rows[i]["prompt"]), tokenizer.encode(rows[i]["completion"])
-            labels = torch.tensor([[IGNORED] * len(prompt) + answer])
-            total = total + model(input_ids=torch.tensor([prompt + answer]), labels=labels).loss * len(answer)
-            count += len(answer)
-        (total / count).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.models.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        sums[epoch][0] += total.item()
+        total, count = plain_step(model, optimizer, tokenizer, [rows[i] for i in members], config.models.clip)
+        sums[epoch][0] += total
         sums[epoch][1] += count
     named = {name: tensor.detach() for name, tensor in model.named_parameters()}
     return [total / count for total, count in sums], named

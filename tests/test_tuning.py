@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from alike import adapter, assert_alike, assert_equal
+from alike import adapter, assert_alike, assert_equal, plain_step
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -19,7 +19,7 @@ from selfguide_ray.schema import TABLES, row_seed, task_rows
 from selfguide_ray.student import StudentTokenizer
 from selfguide_ray.tuning import side_by_side
 from selfguide_ray.tuning.layout import lay_out, suits
-from selfguide_ray.tuning.pairs import IGNORED, Pair, Stopping, batches, first_a, hold_out, rate_factor
+from selfguide_ray.tuning.pairs import Pair, Stopping, batches, first_a, hold_out, rate_factor
 
 TASKS = {"colours": 7, "sizes": 5, "shapes": 3, "words": 6}
 
@@ -137,16 +137,7 @@ def test_a_task_learns_what_plain_torch_and_peft_teach_it(planned):
         optimizer = torch.optim.AdamW(trained, lr=0.003, weight_decay=0.1)
         for step, (_, members) in enumerate(plan):
             optimizer.param_groups[0]["lr"] = 0.003 * rate_factor(step, len(plan), config.models)
-            total, count = 0.0, 0
-            for i in members:
-                prompt, answer = tokenizer.encode(rows[i]["prompt"]), tokenizer.encode(rows[i]["completion"])
-                labels = torch.tensor([[IGNORED] * len(prompt) + answer])
-                total = total + model(input_ids=torch.tensor([prompt + answer]), labels=labels).loss * len(answer)
-                count += len(answer)
-            (total / count).backward()
-            torch.nn.utils.clip_grad_norm_(trained, 0.05)
-            optimizer.step()
-            optimizer.zero_grad()
+            plain_step(model, optimizer, tokenizer, [rows[i] for i in members], 0.05)
         ours, theirs = adapter(run, task), dict(model.named_parameters())
         assert_alike(ours, {name: theirs[name.replace(".weight", ".default.weight")].detach() for name in ours})
 
