@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from selfguide_ray import __version__
-from selfguide_ray.config import fields, load
+from selfguide_ray.config_file import fields, load
 from selfguide_ray.method import SELFGUIDE, guarded, perform
 from selfguide_ray.progress import out
 from selfguide_ray.report import headline

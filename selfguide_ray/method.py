@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from selfguide_ray import models, progress, student
-from selfguide_ray.config import Config, load
+from selfguide_ray.config import Config
+from selfguide_ray.config_file import load
 from selfguide_ray.engine import check_engine, make_engine
 from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.inputs import Inputs

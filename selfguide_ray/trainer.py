@@ -8,6 +8,7 @@ import functools
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import ray
 import ray.actor
@@ -23,6 +24,7 @@ from selfguide_ray.executor import process_environment
 from selfguide_ray.failures import clear, note, noted
 from selfguide_ray.models import UNFINISHED, Pack, learn
 from selfguide_ray.run import Run
+from selfguide_ray.tuning import from_first_rank
 
 DEATHS = 3  # of its group, after which a pack is trained task by task, and a task not at all
 STARTS = 3  # of a group in a row without a pack to show for
@@ -41,6 +43,7 @@ class WorkList:
         self.workers: dict[int, int] = {}
         self.places: dict[int, PlacementGroup | None] = {}
         self.given_up: list[str] = []
+        self.stillborn = False
 
     def begin(self, group: int, workers: int, place: PlacementGroup | None = None) -> bool:
         """A group starts: what it had in hand goes back. False if it should not go on starting.
@@ -51,6 +54,7 @@ class WorkList:
         self.workers[group], self.places[group] = workers, place
         self.release(group, died)
         self.starts[group] += died
+        self.stillborn |= self.starts[group] > STARTS
         return self.starts[group] <= STARTS
 
     def take(self, group: int) -> Pack | None:
@@ -80,8 +84,8 @@ class WorkList:
         return self.places.get(group)
 
     def left(self) -> tuple[int, list[str]]:
-        """How many packs wait, and the tasks given up."""
-        return len(self.waiting), self.given_up
+        """How many packs wait for a group that has prospects, and the tasks given up."""
+        return 0 if self.stillborn else len(self.waiting), self.given_up
 
 
 def train_packs(config: Config, packs: Sequence[Pack]) -> Iterator[tuple[str, bool]]:
@@ -165,12 +169,9 @@ def worker(config: Config, number: int, works: ray.actor.ActorHandle) -> None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
 
-    def told(ask: Callable[[], object]) -> object:
+    def told(ask: Callable[[], Any]) -> Any:
         """Rank 0 asks, all ranks hear."""
-        answer = [ask() if rank == 0 else None]
-        if world > 1:
-            torch.distributed.broadcast_object_list(answer)
-        return answer[0]
+        return from_first_rank(ask() if rank == 0 else None, world)
 
     def packs() -> Iterator[Pack]:
         while (pack := told(lambda: ray.get(works.take.remote(number)))) is not None:

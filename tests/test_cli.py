@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from selfguide_ray.config import fields
+from selfguide_ray.config_file import fields
 from selfguide_ray.embedded import resolve
 
 ROOT = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ from alike import adapter, assert_alike
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from selfguide_ray.config import load
+from selfguide_ray.config_file import load
 from selfguide_ray.embedded import resolve
 from selfguide_ray.failures import failures
 from selfguide_ray.models import learn, packs

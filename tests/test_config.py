@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from selfguide_ray.config import Config, fields, load
+from selfguide_ray.config import Config
+from selfguide_ray.config_file import fields, load
 from selfguide_ray.errors import SelfGuideError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))

@@ -18,7 +18,8 @@ from alike import plain_step
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from selfguide_ray.config import Config, load
+from selfguide_ray.config import Config
+from selfguide_ray.config_file import load
 from selfguide_ray.embedded import resolve
 from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.failures import failures
@@ -343,8 +344,12 @@ def test_the_best_epoch_is_kept_through_deaths(planned, group):
 
 # --- errors
 
+# A single step, after which no loss is looked at.
+LAST_STEP = ("models.epochs=1", "models.batch_size=9", "models.learning_rate=3.0e+38", "models.clip=1.0e+38")
 WRONG = {
     "the loss is": (FULL, "models.learning_rate=3.0e+38", "models.zero_stage=3"),
+    "the gradient is not finite": (FULL, "models.learning_rate=1.0e+30", "models.zero_stage=3"),
+    "some of its weights are not finite": (FULL, *LAST_STEP, "models.zero_stage=0"),
     "fits no module": ("models.target_modules=[nowhere]", "models.zero_stage=2"),
     "DeepSpeed does not accept": (FULL, "models.deepspeed={zero_optimization: {stage: 9}}"),
     "does not accept": (FULL, "models.zero_stage=3", "models.deepspeed={zero_optimization: {reduce_bucket_size: -1}}"),

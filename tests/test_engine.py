@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
 
-from selfguide_ray.config import Student, load
+from selfguide_ray.config import Student
+from selfguide_ray.config_file import load
 from selfguide_ray.embedded import resolve
 from selfguide_ray.engine import Request, SamplingParams, make_engine, share_prefix
 from selfguide_ray.engine.sampling import choose, gumbel

@@ -10,7 +10,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from selfguide_ray.config import Student, load
+from selfguide_ray.config import Student
+from selfguide_ray.config_file import load
 from selfguide_ray.embedded import resolve
 from selfguide_ray.engine import Request, SamplingParams, make_engine
 from selfguide_ray.engine.transformers import TransformersEngine

@@ -7,7 +7,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from selfguide_ray.config import Student, load
+from selfguide_ray.config import Student
+from selfguide_ray.config_file import load
 from selfguide_ray.embedded import resolve
 from selfguide_ray.engine import Request, SamplingParams, make_engine
 from selfguide_ray.engine.batching import Batch

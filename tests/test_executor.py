@@ -7,7 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from selfguide_ray.config import Cluster, Student, load
+from selfguide_ray.config import Cluster, Student
+from selfguide_ray.config_file import load
 from selfguide_ray.engine import Counters, make_engine
 from selfguide_ray.executor import Metered, ShardWorker, rates
 from selfguide_ray.inputs import Inputs

@@ -2,7 +2,7 @@
 
 import pytest
 
-from selfguide_ray.config import load
+from selfguide_ray.config_file import load
 from selfguide_ray.engine import Completion
 from selfguide_ray.engine.scripted import ByteTokenizer
 from selfguide_ray.filters import FILTERS, Rules, Seen, Verdict, clean, find_label, identity, judge, length_bounds

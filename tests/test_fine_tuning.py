@@ -9,7 +9,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from selfguide_ray.config import Models, load
+from selfguide_ray.config import Models
+from selfguide_ray.config_file import load
 from selfguide_ray.embedded import resolve
 from selfguide_ray.engine import Request, SamplingParams, make_engine
 from selfguide_ray.failures import failures

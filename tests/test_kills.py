@@ -4,7 +4,6 @@ SELFGUIDE_KILLS makes a soak of it: so many deaths of each kind.
 """
 
 import contextlib
-import json
 import os
 import random
 import signal
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 from alike import adapter, assert_equal
 
-from selfguide_ray.config import load
+from selfguide_ray.config_file import load
 from selfguide_ray.failures import failures
 from selfguide_ray.method import Job, plan
 from selfguide_ray.models import UNFINISHED, learn, packs
@@ -24,7 +23,7 @@ from selfguide_ray.prompts import Prompts
 from selfguide_ray.run import Run
 from selfguide_ray.schema import TABLES, tasks_of
 from selfguide_ray.student import StudentTokenizer
-from selfguide_ray.tuning.side_by_side import STATE
+from selfguide_ray.tuning.side_by_side import STATE, described
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -77,8 +76,7 @@ def steps(run):
     for folder in Path(run.root, UNFINISHED).glob("*"):
         data = run.get(f"{UNFINISHED}/{folder.name}/{STATE}")
         if data:
-            length = int.from_bytes(data[:8], "little")
-            found[folder.name] = int(json.loads(data[8 : 8 + length])["__metadata__"]["step"])
+            found[folder.name] = int(described(data)["step"])
     return found
 
 
@@ -126,7 +124,7 @@ def assert_same(run, calm):
 
 ALONE = """
 import sys
-from selfguide_ray.config import load
+from selfguide_ray.config_file import load
 from selfguide_ray.models import Run, learn, packs
 config = load(sys.argv[1])
 learn(config, packs(Run(config.run), config))

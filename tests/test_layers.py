@@ -16,7 +16,7 @@ ENGINE = [
 TUNING = ["pairs", "base", "layout", "adapter_stack", "side_by_side", "sharded_state", "data_parallel", "scripted"]
 # From the bottom up; a module imports from lower rows only. A row marked "apart" holds modules that never meet.
 LAYERS = [
-    ("vocabulary", ["errors", "embedded", "schema", "config"]),
+    ("vocabulary", ["errors", "embedded", "schema", "config", "config_file"]),
     ("files", ["run", "student", "task_files", "failures", "status"]),
     ("tools", ["engine", *(f"engine.{name}" for name in ENGINE), "prompts", "filters", "metrics"]),
     ("under the tables", ["tuning", *(f"tuning.{name}" for name in TUNING), "charts", "standings"]),

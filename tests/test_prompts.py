@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from recording import RecordingEngine
 
-from selfguide_ray.config import load
+from selfguide_ray.config_file import load
 from selfguide_ray.engine import Completion
 from selfguide_ray.engine.scripted import ByteTokenizer
 from selfguide_ray.inputs import Inputs, Pool

@@ -4,7 +4,7 @@ import ast
 import re
 from pathlib import Path
 
-from selfguide_ray.config import fields
+from selfguide_ray.config_file import fields
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -3,7 +3,7 @@
 import pytest
 from driving import assert_equal_runs, finish, kill_when, published, reached
 
-from selfguide_ray.config import load
+from selfguide_ray.config_file import load
 from selfguide_ray.engine import make_engine
 from selfguide_ray.executor import ShardWorker
 from selfguide_ray.failures import failures

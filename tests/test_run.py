@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from selfguide_ray.config import load
+from selfguide_ray.config_file import load
 from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.run import READS, Run, made_by
 from selfguide_ray.schema import TABLES, task_rows, tasks_of

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 import pytest
 from recording import RecordingEngine
 
-from selfguide_ray.config import load
+from selfguide_ray.config_file import load
 from selfguide_ray.embedded import resolve
 from selfguide_ray.engine.scripted import MEMORY
 from selfguide_ray.errors import SelfGuideError

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from selfguide_ray.config import load
+from selfguide_ray.config_file import load
 from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.run import Run
 from selfguide_ray.schema import tasks_of

@@ -48,7 +48,8 @@ def test_a_pack_that_kills_its_groups_is_trained_task_by_task_and_a_task_not_at_
 def test_a_group_that_dies_before_it_has_done_anything_stops_starting():
     works = WorkList([SMALL])
     assert [works.begin(0, 1) for _ in range(STARTS + 1)] == [True] * STARTS + [False]
-    assert works.left() == (1, [])
+    assert works.waiting == [SMALL]
+    assert works.left() == (0, [])  # no other group would fare better
 
 
 def test_a_finished_pack_starts_the_count_anew():

@@ -5,8 +5,9 @@ from collections import Counter
 import pyarrow as pa
 import pytest
 
-from selfguide_ray.config import Student, load
+from selfguide_ray.config import Student
 from selfguide_ray.config import Trainset as Settings
+from selfguide_ray.config_file import load
 from selfguide_ray.engine.scripted import ScriptedEngine
 from selfguide_ray.inputs import Inputs
 from selfguide_ray.outputs import Outputs

@@ -8,7 +8,7 @@ from alike import adapter, assert_alike, assert_equal, plain_step
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from selfguide_ray.config import load
+from selfguide_ray.config_file import load
 from selfguide_ray.embedded import resolve
 from selfguide_ray.engine import common_head
 from selfguide_ray.failures import failures
@@ -184,6 +184,21 @@ def test_one_task_that_diverges_leaves_the_others_as_they_are(planned, monkeypat
     for task in sick.trained():
         one, other = adapter(run, task), adapter(sick, task)
         assert_alike(one, other)
+
+
+def test_a_last_step_that_diverges_is_seen_in_the_weights(planned, monkeypatch):
+    config, run = planned()
+    honest = side_by_side.Fitting.finish
+
+    def spoil(self, seconds):
+        self.stack.values[0, 3] = torch.nan
+        return honest(self, seconds)
+
+    monkeypatch.setattr(side_by_side.Fitting, "finish", spoil)
+    learn(config, packs(run, config))
+    ((_, unit, line),) = failures(run)
+    assert "some of its weights are not finite" in line
+    assert run.trained() == sorted(set(TASKS) - {unit})
 
 
 def test_validation_keeps_the_best_epoch_and_ends_early(planned):

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from benchmarks.workload import WORDS
-from selfguide_ray.config import Config, load
+from selfguide_ray.config import Config
+from selfguide_ray.config_file import load
 from selfguide_ray.models import Pack
 from selfguide_ray.prompts import Prompts
 from selfguide_ray.run import Run

@@ -48,7 +48,7 @@ BATCH, OTHER = 4, 1  # pairs in a step: of the headline, and the default besides
 GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 OURS = """
 import sys
-from selfguide_ray.config import load
+from selfguide_ray.config_file import load
 from selfguide_ray.models import learn, packs
 from selfguide_ray.run import Run
 config = load(sys.argv[1])

@@ -12,7 +12,8 @@ import pyarrow as pa
 
 from benchmarks import Measured
 from benchmarks.workload import SHAPES, WORDS, Shape, save_model
-from selfguide_ray.config import Config, load
+from selfguide_ray.config import Config
+from selfguide_ray.config_file import load
 from selfguide_ray.executor import process_environment
 from selfguide_ray.tuning import Lesson
 

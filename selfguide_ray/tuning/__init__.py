@@ -52,6 +52,17 @@ class Tuner(Protocol):
         """
 
 
+def from_first_rank(what: Any, world: int) -> Any:
+    """What rank 0 has, on all ranks of a group that runs; the others' own is not looked at."""
+    if world == 1:
+        return what
+    import torch.distributed
+
+    box = [what]
+    torch.distributed.broadcast_object_list(box)
+    return box[0]
+
+
 def packs_tasks(config: Config) -> bool:
     """Whether a worker may train several tasks side by side: plain LoRA on one worker, whose batch no other shares."""
     models = config.models

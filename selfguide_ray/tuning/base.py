@@ -1,12 +1,13 @@
-"""The student as training loads it."""
+"""What both ways of training have of torch: the student as they load it, the optimiser, and when training has failed."""
 
+from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from selfguide_ray.config import Config
+from selfguide_ray.config import Config, Models
 from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.student import locate
 
@@ -29,6 +30,27 @@ def load_base(config: Config, device: torch.device, dtype: torch.dtype) -> torch
         locate(student), dtype=dtype, use_safetensors=True, trust_remote_code=student.trust_remote_code, **more
     )
     return model if more else model.to(device)
+
+
+def make_optimizer(parameters: Iterable[Any], settings: Models) -> torch.optim.Optimizer:
+    """AdamW as in spec §2, over parameters or groups of them; fused, so without temporaries of the weights' size."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=settings.peak_rate,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+
+
+def diverged(task: str, sign: str) -> SelfGuideError:
+    """What a user is told of a training in which a number is not finite; `sign` says which."""
+    return SelfGuideError(
+        f"{task}: {sign}.",
+        "Training has diverged, and its weights would be worthless.",
+        "Lower models.learning_rate, or set student.dtype=float32.",
+    )
 
 
 def _four_bits(config: Config, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

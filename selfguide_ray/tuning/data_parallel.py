@@ -24,7 +24,7 @@ from selfguide_ray.schema import row_seed
 from selfguide_ray.student import StudentTokenizer, context_of
 from selfguide_ray.tuning import Lesson, Memory, Told
 from selfguide_ray.tuning.adapter_stack import fits_no_module, lora_config
-from selfguide_ray.tuning.base import load_base, training_device
+from selfguide_ray.tuning.base import diverged, load_base, make_optimizer, training_device
 from selfguide_ray.tuning.layout import lay_out, suits
 from selfguide_ray.tuning.pairs import (
     IGNORED,
@@ -33,12 +33,14 @@ from selfguide_ray.tuning.pairs import (
     batches,
     first_a,
     hold_out,
+    in_passes,
     mute,
     rate_factor,
     read_pairs,
 )
 from selfguide_ray.tuning.sharded_state import (
     ShardedState,
+    drop_copies,
     gathered,
     import_deepspeed,
     is_partitioned,
@@ -71,17 +73,7 @@ def passes(batch: Sequence[Pair], world: int, room: int) -> list[list[list[Pair]
 
     All ranks take part in all passes; one that has no pair left for a pass has an empty list there.
     """
-    ranks: list[list[list[Pair]]] = []
-    for rank in range(world):
-        mine: list[list[Pair]] = []
-        tokens = room
-        for pair in batch[rank::world]:
-            if tokens + len(pair) > room:
-                mine.append([])
-                tokens = 0
-            mine[-1].append(pair)
-            tokens += len(pair)
-        ranks.append(mine)
+    ranks = [in_passes(batch[rank::world], room) for rank in range(world)]
     return [[mine[i] if i < len(mine) else [] for mine in ranks] for i in range(max(map(len, ranks)))]
 
 
@@ -200,19 +192,14 @@ class DataParallel:
         """A DeepSpeed engine around the trainable parameters, and torch's optimiser inside it."""
         deepspeed = import_deepspeed()
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trainable,
-            lr=self.settings.peak_rate,
-            betas=(0.9, 0.999),
-            eps=1e-8,
-            weight_decay=self.settings.weight_decay,
-            fused=True,  # without temporaries of the weights' size
-        )
+        optimizer = make_optimizer(trainable, self.settings)
         settings = self.deepspeed_settings()
         if settings["zero_optimization"].get("stage") == 3:
             settings["zero_optimization"] = slices(model) | settings["zero_optimization"]
         with self.refused():
             engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        if settings["zero_optimization"].get("stage") == 3:
+            drop_copies(engine.optimizer)
         return engine, optimizer
 
     @contextlib.contextmanager
@@ -277,6 +264,7 @@ class Fitting:
         """All steps from where the memory ends; returns what is told of the task."""
         while self.step < len(self.plan) and not self.stopping.over:
             self._learn()
+        self._check_weights()
         kept = len(self.losses) - 1
         if self.settings.keep != "last" and self.validation:
             kept = self.stopping.best
@@ -314,11 +302,9 @@ class Fitting:
         total, due = self._over_ranks(torch.stack([loss, loss.new_tensor(float(due and self.rank == 0))]))
         self.summed += total
         if not math.isfinite(total):
-            raise SelfGuideError(
-                f"{self.task}: the loss is {total} at step {self.step} of {len(self.plan)}.",
-                "Training has diverged, and its weights would be worthless.",
-                "Lower models.learning_rate, or set student.dtype=float32.",
-            )
+            raise diverged(self.task, f"the loss is {total} at step {self.step} of {len(self.plan)}")
+        if not self.engine.was_step_applied() and not self.engine.fp16_enabled():  # which skips steps to find its scale
+            raise diverged(self.task, f"the gradient is not finite at step {self.step} of {len(self.plan)}")
         if self.step == len(self.plan) or self.plan[self.step][0] != epoch:
             self._end_epoch(epoch)
         if due:
@@ -370,6 +356,12 @@ class Fitting:
         if self.world > 1:
             torch.distributed.all_reduce(values)
         return values.tolist()
+
+    def _check_weights(self) -> None:
+        """A last step that went wrong shows in the weights alone."""
+        wrong = torch.tensor([float(not self.state.finite)], device=self.device)
+        if self._over_ranks(wrong)[0]:
+            raise diverged(self.task, "some of its weights are not finite")
 
     def _suits_packing(self) -> bool:
         """Whether every rank finds that the student computes the same from a packed layout."""

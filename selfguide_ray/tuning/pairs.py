@@ -68,6 +68,19 @@ def mute(pair: Pair) -> Pair:
     return Pair(pair.prompt[-1:], (IGNORED,))
 
 
+def in_passes(pairs: Sequence[Pair], room: int) -> list[list[Pair]]:
+    """The pairs in order, in passes of at most `room` tokens; one that is longer has a pass to itself."""
+    cut: list[list[Pair]] = []
+    tokens = room
+    for pair in pairs:
+        if tokens + len(pair) > room:
+            cut.append([])
+            tokens = 0
+        cut[-1].append(pair)
+        tokens += len(pair)
+    return cut
+
+
 def batches(count: int, settings: Models, seed: int) -> Iterator[tuple[int, list[int]]]:
     """(epoch, indices of the pairs) of every optimiser step: each epoch in a new order that the seed decides."""
     for epoch in range(settings.epochs):

@@ -14,7 +14,7 @@ import torch
 import torch.distributed
 from safetensors.torch import load, save
 
-from selfguide_ray.tuning import Memory
+from selfguide_ray.tuning import Memory, from_first_rank
 
 LATEST = "latest.json"  # written last: it says which folder is whole
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
@@ -43,6 +43,11 @@ class ShardedState:
         named = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
         self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
 
+    @property
+    def finite(self) -> bool:
+        """Whether all weights that this rank holds are finite numbers."""
+        return all(bool(self._held(parameter).isfinite().all()) for parameter in self.parameters)
+
     # --- all of it
 
     def remember(self, step: int, about: dict[str, Any]) -> None:
@@ -61,7 +66,7 @@ class ShardedState:
 
     def recall(self, steps: int) -> dict[str, Any] | None:
         """Put weights and moments back; returns the `about` of what was kept, None if nothing of so many steps was."""
-        note = self.told(self._latest() if self.rank == 0 else None)
+        note = from_first_rank(self._latest() if self.rank == 0 else None, self.world)
         if note is None or note["names"] != self.names or note["about"]["steps"] != steps:
             return None
         applied = note["applied"]
@@ -71,13 +76,6 @@ class ShardedState:
         for name, value in note["scaler"].items():
             setattr(self.engine.optimizer.loss_scaler, name, value)
         return note["about"]
-
-    def told(self, what: Any) -> Any:
-        """What rank 0 has, on all ranks."""
-        box = [what]
-        if self.world > 1:
-            torch.distributed.broadcast_object_list(box)
-        return box[0]
 
     def _latest(self) -> dict[str, Any] | None:
         data = self.memory.get(f"{self.prefix}/{LATEST}")
@@ -132,6 +130,13 @@ class ShardedState:
                 yield f"{rank}-of-{world}-{number}.safetensors", members
 
     # --- one parameter of it
+
+    def _held(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """What this rank has of a weight; where the ranks do not divide it, the last ones' pieces end in no numbers."""
+        if not is_partitioned(parameter):
+            return parameter
+        piece = parameter.ds_tensor
+        return piece[: max(0, parameter.ds_numel - self.rank * piece.numel())]
 
     def _whole(self, parameter: torch.nn.Parameter, part: str) -> torch.Tensor:
         """A parameter's weight or moment as optimiser steps go on from it: whole, and in float32."""
@@ -220,6 +225,18 @@ def slices(model: torch.nn.Module) -> dict[str, int]:
         "stage3_max_reuse_distance": size,
         "sub_group_size": size,
     }
+
+
+def drop_copies(optimizer: Any) -> None:
+    """Have ZeRO-3 update float32 weights where they are.
+
+    It means to; but on a CPU it takes the weights for those of another device, and keeps a second copy of them.
+    """
+    for held, updated in zip(
+        optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat, strict=True
+    ):
+        if held is not None and (held.dtype, held.device) == (updated.dtype, updated.device):
+            updated.data = held.data
 
 
 def return_memory() -> None:

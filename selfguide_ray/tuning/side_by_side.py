@@ -22,9 +22,9 @@ from selfguide_ray.schema import row_seed
 from selfguide_ray.student import StudentTokenizer, context_of
 from selfguide_ray.tuning import Lesson, Memory, Told
 from selfguide_ray.tuning.adapter_stack import AdapterStack, targeted
-from selfguide_ray.tuning.base import load_base, training_device
+from selfguide_ray.tuning.base import diverged, load_base, make_optimizer, training_device
 from selfguide_ray.tuning.layout import lay_out, suits
-from selfguide_ray.tuning.pairs import Pair, Stopping, batches, hold_out, mute, rate_factor, read_pairs
+from selfguide_ray.tuning.pairs import Pair, Stopping, batches, hold_out, in_passes, mute, rate_factor, read_pairs
 
 STATE = "state.safetensors"
 
@@ -118,14 +118,7 @@ class Fitting:
         self.dtype = next(tuner.base.parameters()).dtype
         self.stack = AdapterStack(tuner.shapes, self.settings, [one.seed for one in learners], self.device)
         self.best = torch.zeros_like(self.stack.values) if self.settings.validation else None
-        self.optimizer = torch.optim.AdamW(
-            [{"params": [row]} for row in self.stack.rows],
-            lr=self.settings.peak_rate,
-            betas=(0.9, 0.999),
-            eps=1e-8,
-            weight_decay=self.settings.weight_decay,
-            fused=True,
-        )
+        self.optimizer = make_optimizer([{"params": [row]} for row in self.stack.rows], self.settings)
         self.summed = torch.zeros(len(learners), self.settings.epochs, device=self.device)
         self.step, self.steps = 0, max(len(one.plan) for one in learners)
         self.saved = time.monotonic()
@@ -174,14 +167,7 @@ class Fitting:
     def _micro_batches(self, batches: list[list[Pair]]) -> list[list[list[Pair]]]:
         """The tasks' batches in passes of a bounded number of tokens; a task without pairs left repeats one, unlearned."""
         room = max(1, self.tuner.config.cluster.tokens_per_pass // len(batches))
-        pieces = []
-        for batch in batches:
-            mine: list[list[Pair]] = [[]]
-            for pair in batch:
-                if mine[-1] and sum(map(len, mine[-1])) + len(pair) > room:
-                    mine.append([])
-                mine[-1].append(pair)
-            pieces.append(mine)
+        pieces = [in_passes(batch, room) for batch in batches]
         passes = max(map(len, pieces))
         return [[mine[i] if i < len(mine) else [mute(mine[0][0])] for mine in pieces] for i in range(passes)]
 
@@ -195,7 +181,7 @@ class Fitting:
             loss = self.summed[n, epoch].item() / tokens
             one.losses.append(loss)
             if not math.isfinite(loss):
-                one.error = diverged(one.lesson.task, loss, epoch)
+                one.error = diverged(one.lesson.task, f"the loss is {loss} in epoch {epoch + 1}")
         if self.best is not None and (checked := [n for n in over if self.learners[n].validation]):
             values = self.stack.values[checked]
             with self.stack.on(self.base, self.stack.matrices(values)), torch.no_grad():
@@ -228,6 +214,9 @@ class Fitting:
             kept = len(one.losses) - 1
             if self.settings.keep != "last" and self.best is not None and one.stopping.losses:
                 chosen, kept = self.best[n], one.stopping.best
+            if not chosen.isfinite().all():  # of a last step that went wrong
+                answers[one.lesson.task] = diverged(one.lesson.task, "some of its weights are not finite")
+                continue
             if one.lesson.folder is not None:
                 self.stack.save(n, chosen, self.settings, self.tuner.config.student.model, one.lesson.folder)
             answers[one.lesson.task] = {
@@ -271,8 +260,7 @@ class Fitting:
         data = self.memory.get(STATE)
         if data is None:
             return
-        length = int.from_bytes(data[:8], "little")
-        about = json.loads(data[8 : 8 + length])["__metadata__"]
+        about = described(data)
         notes = json.loads(about["learners"])
         if [note["task"] for note in notes] != [one.lesson.task for one in self.learners]:
             return
@@ -296,10 +284,7 @@ class Fitting:
                 }
 
 
-def diverged(task: str, loss: float, epoch: int) -> SelfGuideError:
-    """What a user is told of a loss that is not finite."""
-    return SelfGuideError(
-        f"{task}: the loss is {loss} in epoch {epoch + 1}.",
-        "Training has diverged, and its weights would be worthless.",
-        "Lower models.learning_rate, or set student.dtype=float32.",
-    )
+def described(state: bytes) -> dict[str, str]:
+    """What a safetensors file says of itself besides its tensors."""
+    length = int.from_bytes(state[:8], "little")
+    return json.loads(state[8 : 8 + length])["__metadata__"]
