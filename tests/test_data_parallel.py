@@ -31,6 +31,7 @@ from selfguide_ray.student import StudentTokenizer
 from selfguide_ray.tuning import data_parallel, packs_tasks
 from selfguide_ray.tuning.data_parallel import passes
 from selfguide_ray.tuning.pairs import Pair, batches, rate_factor
+from selfguide_ray.tuning.zero import Zero
 
 pytestmark = pytest.mark.slow
 SECONDS = 100  # after which ranks hang
@@ -427,7 +428,7 @@ def test_the_users_keys_go_over_ours_inside_a_section_too(planned):
         "models.zero_stage=3",
         "models.deepspeed={zero_optimization: {sub_group_size: 7}, train_micro_batch_size_per_gpu: 9}",
     )
-    settings = data_parallel.DataParallel(config, 0, 2).deepspeed_settings()
+    settings = Zero(config.models, torch.float32, 2).configuration()
     assert settings["zero_optimization"] == {"stage": 3, "sub_group_size": 7}
     assert settings["train_micro_batch_size_per_gpu"] == 9
     assert settings["gradient_clipping"] == 0.5

@@ -13,7 +13,9 @@ ENGINE = [
     "sampling", "labels", "attention", "prefixes", "rows", "adapters", "batching", "cached", "trial", "turns",
     "transformers", "vllm", "vllm_requests", "vllm_settings", "scripted",
 ]  # fmt: skip
-TUNING = ["pairs", "base", "layout", "adapter_stack", "side_by_side", "sharded_state", "data_parallel", "scripted"]
+TUNING = [
+    "pairs", "base", "layout", "adapter_stack", "side_by_side", "zero", "sharded_state", "data_parallel", "scripted",
+]  # fmt: skip
 # From the bottom up; a module imports from lower rows only. A row marked "apart" holds modules that never meet.
 LAYERS = [
     ("vocabulary", ["errors", "embedded", "schema", "config", "config_file"]),

@@ -9,12 +9,10 @@ import gc
 import math
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.distributed
 from peft import get_peft_model
-from pydantic import ValidationError
 from torch.nn.functional import cross_entropy
 
 from selfguide_ray.config import Config
@@ -24,7 +22,7 @@ from selfguide_ray.schema import row_seed
 from selfguide_ray.student import StudentTokenizer, context_of
 from selfguide_ray.tuning import Lesson, Memory, Told
 from selfguide_ray.tuning.adapter_stack import fits_no_module, lora_config
-from selfguide_ray.tuning.base import diverged, load_base, make_optimizer, training_device
+from selfguide_ray.tuning.base import diverged, load_base, training_device
 from selfguide_ray.tuning.layout import lay_out, suits
 from selfguide_ray.tuning.pairs import (
     IGNORED,
@@ -38,15 +36,8 @@ from selfguide_ray.tuning.pairs import (
     rate_factor,
     read_pairs,
 )
-from selfguide_ray.tuning.sharded_state import (
-    ShardedState,
-    drop_copies,
-    gathered,
-    import_deepspeed,
-    is_partitioned,
-    return_memory,
-    slices,
-)
+from selfguide_ray.tuning.sharded_state import ShardedState
+from selfguide_ray.tuning.zero import Zero, gathered, is_partitioned, return_memory
 
 ADAPTER = "default"  # the name under which peft saves without a subfolder
 
@@ -87,9 +78,10 @@ class DataParallel:
         self.tokenizer = StudentTokenizer(config.student)
         self.context = context_of(config.student)
         self.dtype = resolve_dtype(config.student.dtype, self.device)
+        self.zero = Zero(config.models, self.dtype, world)
         self.packs: bool | None = None  # whether passes are laid out without needless tokens; known with the first task
         self._base = base
-        if config.models.zero_stage == 3 and self.device.type == "cpu":
+        if self.zero.stage == 3 and self.device.type == "cpu":
             return_memory()
 
     def train(self, pack: Sequence[Lesson], memory: Memory) -> dict[str, Told | SelfGuideError]:
@@ -146,74 +138,8 @@ class DataParallel:
 
     def _load(self) -> torch.nn.Module:
         """The student; under ZeRO-3 every worker keeps only its part, from the first byte on."""
-        with self._in_parts():
+        with self.zero.in_parts():
             return load_base(self.config, self.device, self.dtype)
-
-    @contextlib.contextmanager
-    def _in_parts(self) -> Iterator[None]:
-        settings = self.deepspeed_settings()
-        if self.world == 1 or settings["zero_optimization"]["stage"] != 3:
-            yield
-            return
-        from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
-
-        import_deepspeed()
-        known = HfDeepSpeedConfig(settings)  # transformers looks for it while it loads
-        try:
-            with self.refused():
-                yield
-        finally:
-            unset_hf_deepspeed_config()
-            del known
-
-    # --- DeepSpeed
-
-    def deepspeed_settings(self) -> dict[str, Any]:
-        """DeepSpeed's configuration: the user's keys over ours, those inside a section likewise."""
-        half, stage = self.dtype != torch.float32, self.settings.zero_stage
-        ours: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": math.ceil(self.settings.batch_size / self.world),
-            "gradient_accumulation_steps": 1,  # we say ourselves which pass is a step's last
-            "gradient_clipping": self.settings.clip,
-            # Half precision needs float32 copies to learn; those of stage 1 can be read and put back.
-            "zero_optimization": {"stage": max(stage, 1) if half else stage},
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "bf16": {"enabled": self.dtype == torch.bfloat16},
-            "fp16": {"enabled": self.dtype == torch.float16},
-            "steps_per_print": 1 << 30,
-        }
-        for key, value in self.settings.deepspeed.items():
-            both = isinstance(value, dict) and isinstance(ours.get(key), dict)
-            ours[key] = {**ours[key], **value} if both else value
-        return ours
-
-    def start_engine(self, model: torch.nn.Module) -> tuple[Any, torch.optim.Optimizer]:
-        """A DeepSpeed engine around the trainable parameters, and torch's optimiser inside it."""
-        deepspeed = import_deepspeed()
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = make_optimizer(trainable, self.settings)
-        settings = self.deepspeed_settings()
-        if settings["zero_optimization"].get("stage") == 3:
-            settings["zero_optimization"] = slices(model) | settings["zero_optimization"]
-        with self.refused():
-            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-        if settings["zero_optimization"].get("stage") == 3:
-            drop_copies(engine.optimizer)
-        return engine, optimizer
-
-    @contextlib.contextmanager
-    def refused(self) -> Iterator[None]:
-        """Explain what DeepSpeed says of settings that it does not accept."""
-        deepspeed = import_deepspeed()
-        try:
-            yield
-        except (ValidationError, deepspeed.DeepSpeedConfigError, AssertionError) as error:
-            raise SelfGuideError(
-                f"models.deepspeed: DeepSpeed does not accept {self.settings.deepspeed}.",
-                " ".join(str(error).split())[:500],
-                "See DeepSpeed's documentation of its configuration.",
-            ) from error
 
     def _save(self, model: torch.nn.Module, lesson: Lesson) -> None:
         """Adapter or weights as safetensors. Rank 0 has them whole, and only the others' parts one after the other."""
@@ -249,9 +175,8 @@ class Fitting:
         if self.settings.gradient_checkpointing:
             model.enable_input_require_grads()
             # ZeRO-3 lets go of weights in between, which torch's newer way takes for a change of the graph.
-            stage = tuner.deepspeed_settings()["zero_optimization"].get("stage")
-            model.gradient_checkpointing_enable({"use_reentrant": stage == 3})
-        self.engine, self.optimizer = tuner.start_engine(model)
+            model.gradient_checkpointing_enable({"use_reentrant": tuner.zero.stage == 3})
+        self.engine, self.optimizer = tuner.zero.start(model)
         self.state = ShardedState(self.engine, self.optimizer, memory, lesson.task, self.rank, self.world)
         self.best_world = self.world  # of the workers that wrote the best weights
         self.kept_best: int | None = None  # the epoch whose weights the last checkpoint counts on

@@ -4,8 +4,6 @@ Each trainable parameter and its two moments are gathered whole, in float32, one
 parameters r, r + w, r + 2w …, so no worker holds more than its share. All ranks call every method together.
 """
 
-import contextlib
-import ctypes
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -15,21 +13,11 @@ import torch.distributed
 from safetensors.torch import load, save
 
 from selfguide_ray.tuning import Memory, from_first_rank
+from selfguide_ray.tuning.zero import gathered, is_partitioned, size_of
 
 LATEST = "latest.json"  # written last: it says which folder is whole
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
-SLICES = 16  # of the weights, of which ZeRO-3 has about one whole at a time
 PIECE = 1 << 26  # elements of parameters in a file; files are written and read as a whole
-
-
-def is_partitioned(parameter: torch.Tensor) -> bool:
-    """Whether ZeRO-3 keeps the parameter in pieces."""
-    return hasattr(parameter, "ds_id")
-
-
-def size_of(parameter: torch.nn.Parameter) -> int:
-    """Elements of the whole parameter."""
-    return parameter.ds_numel if is_partitioned(parameter) else parameter.numel()
 
 
 class ShardedState:
@@ -186,65 +174,3 @@ class ShardedState:
         link = getattr(outer, "_lazy_init_hp_params_optimizer_state", None)
         if link is not None:
             link()
-
-
-@contextlib.contextmanager
-def gathered(tensor: torch.Tensor, changed: bool = False) -> Iterator[None]:
-    """The tensor is whole for as long as the block lasts, also where ZeRO-3 keeps it in parts.
-
-    What the block does to it is kept if it says so.
-    """
-    if not is_partitioned(tensor):
-        yield
-        return
-    with import_deepspeed().zero.GatheredParameters([tensor], modifier_rank=0 if changed else None):
-        yield
-
-
-def import_deepspeed() -> Any:
-    """DeepSpeed, kept from compiling its shared-memory extension in the middle of a run.
-
-    That build takes minutes and looks like a hang; without it DeepSpeed falls back to torch's collectives.
-    """
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
-
-
-def slices(model: torch.nn.Module) -> dict[str, int]:
-    """Bounds (elements) of what ZeRO-3 has whole at a time.
-
-    DeepSpeed's own are larger than many a student, which would be whole on every worker all the time.
-    """
-    size = min(max(4, sum(map(size_of, model.parameters())) // SLICES), 500_000_000)
-    return {
-        "reduce_bucket_size": size,
-        "stage3_prefetch_bucket_size": size // 4,
-        "stage3_max_live_parameters": size,
-        "stage3_max_reuse_distance": size,
-        "sub_group_size": size,
-    }
-
-
-def drop_copies(optimizer: Any) -> None:
-    """Have ZeRO-3 update float32 weights where they are.
-
-    It means to; but on a CPU it takes the weights for those of another device, and keeps a second copy of them.
-    """
-    for held, updated in zip(
-        optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat, strict=True
-    ):
-        if held is not None and (held.dtype, held.device) == (updated.dtype, updated.device):
-            updated.data = held.data
-
-
-def return_memory() -> None:
-    """Have this process give freed tensors back to the system at once, where the C library is glibc.
-
-    ZeRO-3 allocates and frees weights for every layer; by default glibc keeps them, in an arena for each thread.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for option, value in ((-3, 1 << 20), (-1, 1 << 20), (-8, 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX
-            mallopt(option, value)
