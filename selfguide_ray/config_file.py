@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -11,20 +11,27 @@ from pydantic import ValidationError
 from selfguide_ray.config import Config, PerFamily, Section
 from selfguide_ray.errors import SelfGuideError
 
+T = TypeVar("T", bound=Section)
+
 
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """The settings of a YAML file with `section.key=value` overrides, values written as in YAML."""
+    """The settings of a run: a YAML file with `section.key=value` overrides, values written as in YAML."""
+    return read(Config, path, overrides)
+
+
+def read(kind: type[T], path: str | Path | None, overrides: Sequence[str] = ()) -> T:
+    """Settings of any kind, as `load` reads those of a run."""
     document = _read(Path(path)) if path is not None else {}
     given = [_assignment(override) for override in overrides]
     for keys, value in given:
         _assign(document, keys, value)
     try:
-        return Config.model_validate(document)
+        return kind.model_validate(document)
     except ValidationError as error:
-        raise _explain(error, str(path), {".".join(keys) for keys, _ in given}) from error
+        raise _explain(error, str(path), {".".join(keys) for keys, _ in given}, kind) from error
 
 
-def fields() -> list[tuple[str, str, str]]:
+def fields(kind: type[Section] = Config) -> list[tuple[str, str, str]]:
     """(dotted name, default, meaning) of every setting, in order; for `selfguide settings` and the README."""
 
     def walk(model: type[Section], prefix: str) -> list[tuple[str, str, str]]:
@@ -37,7 +44,7 @@ def fields() -> list[tuple[str, str, str]]:
                 rows.append((prefix + name, _shown(default), field.description or ""))
         return rows
 
-    return walk(Config, "")
+    return walk(kind, "")
 
 
 def _shown(default: Any) -> str:
@@ -101,7 +108,7 @@ def _assign(document: dict[str, Any], keys: list[str], value: Any) -> None:
     document[keys[-1]] = value
 
 
-def _explain(error: ValidationError, path: str, given: set[str]) -> SelfGuideError:
+def _explain(error: ValidationError, path: str, given: set[str], kind: type[Section]) -> SelfGuideError:
     """A pydantic error in three parts, naming the file or the command line and the nearest known key."""
     first, *more = error.errors()
     location = [str(part) for part in first["loc"]]
@@ -112,14 +119,15 @@ def _explain(error: ValidationError, path: str, given: set[str]) -> SelfGuideErr
         "command line" if any(f"{name}.".startswith(f"{g}.") or f"{g}.".startswith(f"{name}.") for g in given) else path
     )
     rest = f" ({len(more)} more: see after correcting this one.)" if more else ""
-    table = {field: meaning for field, _, meaning in fields()}
+    table = {field: meaning for field, _, meaning in fields(kind)}
+    listed = "`selfguide settings` lists them all." if kind is Config else f"They are: {', '.join(table)}."
     if first["type"] == "extra_forbidden":
         same_key = [known for known in table if known.split(".")[-1] == location[-1]]  # right key, wrong section
         names = [*table, *{known.split(".")[0] for known in table}]
         near = same_key or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-        instead = f"Did you mean {near[0]}?" if near else "`selfguide settings` lists them all."
+        instead = f"Did you mean {near[0]}?" if near else listed
         return SelfGuideError(
             f"{origin}: {name} is not a setting.{rest}", "An unknown key would be ignored silently.", instead
         )
-    meaning = f"{name}: {table[name]}" if name in table else "`selfguide settings` lists them all."
+    meaning = f"{name}: {table[name]}" if name in table else listed
     return SelfGuideError(f"{origin}: {name} is {first['input']!r}.{rest}", f"{first['msg']}.", meaning)

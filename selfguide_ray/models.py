@@ -98,8 +98,8 @@ def packs(run: Run, config: Config, shards: Collection[str] | None = None) -> li
 class Unfinished:
     """A pack's `tuning.Memory`: files in the run."""
 
-    def __init__(self, run: Run, pack: Pack) -> None:
-        self.run, self.folder = run, f"{UNFINISHED}/{pack.name}"
+    def __init__(self, run: Run, name: str) -> None:
+        self.run, self.folder = run, f"{UNFINISHED}/{name}"
 
     def get(self, name: str) -> bytes | None:
         """See `tuning.Memory`."""
@@ -133,7 +133,7 @@ def learn(
         barrier()  # all ranks have looked before one publishes, so all skip the same
         if len(done) == len(pack.tasks):
             return
-        memory = Unfinished(run, pack)
+        memory = Unfinished(run, pack.name)
         with run.scratch("models") if rank == 0 else contextlib.nullcontext() as scratch:
             with caught() as ended:
                 told = tuner.train(_lessons(run, pack, scratch, done), memory)

@@ -18,11 +18,12 @@ import torch.distributed
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from selfguide_ray.config import Config
+from selfguide_ray.config import Cluster, Config
 from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.executor import process_environment
 from selfguide_ray.failures import clear, note, noted
 from selfguide_ray.models import UNFINISHED, Pack, learn
+from selfguide_ray.pretraining import Recipe
 from selfguide_ray.run import Run
 from selfguide_ray.tuning import from_first_rank
 
@@ -138,10 +139,17 @@ def _deadly(task: str) -> SelfGuideError:
 
 def train_group(config: Config, number: int, works: ray.actor.ActorHandle) -> None:
     """One Ray Train run. It has a process of its own, since `fit` wants a main thread."""
-    cluster, run = config.cluster, Run(config.run)
+    run, unit = Run(config.run), f"group-{number}"
+    clear(run, "models", unit)
+    with noted(run, "models", unit):
+        fit(functools.partial(worker, config, number, works), config.cluster, run)
+
+
+def fit(function: Callable[[], None], cluster: Cluster, run: Run, restarts: int = -1) -> None:
+    """Ray Train in this process: the function in every worker of a group, started anew when one dies (-1: always)."""
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {})
     trainer = ray.train.torch.TorchTrainer(
-        functools.partial(worker, config, number, works),
+        function,
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.workers,
             use_gpu=cluster.gpus_per_worker > 0,
@@ -154,14 +162,34 @@ def train_group(config: Config, number: int, works: ray.actor.ActorHandle) -> No
             name=uuid.uuid4().hex,
             storage_path=f"{run.root}/{HIDDEN}",
             storage_filesystem=run.fs,
-            failure_config=ray.train.FailureConfig(max_failures=-1),  # the work list knows when to stop
+            failure_config=ray.train.FailureConfig(max_failures=restarts),
             worker_runtime_env={"env_vars": process_environment(cluster.cpus_per_worker, cluster.gpus_per_worker)},
         ),
     )
-    unit = f"group-{number}"
-    clear(run, "models", unit)
-    with noted(run, "models", unit):
-        trainer.fit()
+    trainer.fit()
+
+
+def pretrain(recipe: Recipe) -> None:
+    """Train an embedded student's weights on a group of workers, see `pretraining.learning`."""
+    cluster = Cluster(
+        workers=recipe.workers, cpus_per_worker=recipe.cpus_per_worker, gpus_per_worker=recipe.gpus_per_worker
+    )
+    run = Run(recipe.output)
+    fit(functools.partial(pretraining_worker, recipe), cluster, run, STARTS)
+    run.remove(HIDDEN)
+
+
+def pretraining_worker(recipe: Recipe) -> None:
+    """What each worker of such a group does."""
+    from selfguide_ray.pretraining.learning import learn as learn_rows
+
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    try:
+        learn_rows(recipe, rank, context.get_world_size())
+    except SelfGuideError as error:  # on all ranks, and would be again
+        if rank == 0:
+            note(Run(recipe.output), "student", "training", error)
 
 
 def worker(config: Config, number: int, works: ray.actor.ActorHandle) -> None:

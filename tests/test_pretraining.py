@@ -1,19 +1,29 @@
-"""The embedded student: what it was trained on, and that its recipe works."""
+"""The embedded student: what it was trained on, and that its recipe works, goes on after a kill, and says what is wrong."""
 
 import csv
+import itertools
 import json
+import os
 import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from selfguide_ray.config_file import read
 from selfguide_ray.embedded import resolve
-from selfguide_ray.pretraining import (
-    Recipe,
+from selfguide_ray.errors import SelfGuideError
+from selfguide_ray.pretraining import Recipe
+from selfguide_ray.pretraining.corpus import (
+    development_tasks,
     documents,
     pack,
-    pretrain,
     renamed,
     render,
     source_names,
@@ -22,13 +32,31 @@ from selfguide_ray.pretraining import (
     training_tasks,
     written,
 )
+from selfguide_ray.pretraining.learning import CURVE, Learning, learn, weights_of
+from selfguide_ray.pretraining.made_up import FAMILIES, GROUPS, WORDS, made_up_task
+from selfguide_ray.pretraining.recipe import make, prepare
+from selfguide_ray.run import Run
 
 NANO = resolve("embedded/nano")
+JOB = Path(__file__).parents[1] / "jobs" / "pretrain.py"
+SMALL = {"vocabulary": 512, "hidden": 32, "layers": 1, "heads": 2, "kv_heads": 1, "feed_forward": 64, "context": 128}
+
+
+@pytest.fixture(scope="module")
+def source(natural_instructions, tmp_path_factory):
+    """A checkout of Natural Instructions with a few of its tasks."""
+    folder = tmp_path_factory.mktemp("source")
+    (folder / "tasks").symlink_to(natural_instructions / "sample" / "tasks")
+    (folder / "splits").symlink_to(natural_instructions / "splits")
+    return folder
 
 
 @pytest.fixture(scope="module")
 def sample_tasks(natural_instructions):
     return training_tasks(natural_instructions / "sample" / "tasks", natural_instructions / "splits")
+
+
+# --- the student inside the package
 
 
 def test_the_student_saw_training_tasks_only_and_no_source_of_a_test_task(natural_instructions):
@@ -50,6 +78,16 @@ def test_the_package_stays_small():
     assert (NANO / "model.safetensors").stat().st_size < 16_000_000
 
 
+def test_text_survives_the_tokenizer():
+    tokenizer = AutoTokenizer.from_pretrained(NANO)
+    for text in ("In 2019, 3.14 cats", "naïve café ☕", 'She said "no".\nThen left.', "snake_case  double  space"):
+        ids = tokenizer.encode(f"<|user|>{text}<|end|>", add_special_tokens=False)
+        assert tokenizer.decode(ids, skip_special_tokens=True).strip() == text
+
+
+# --- the corpus
+
+
 def test_every_task_read_is_an_english_training_task(sample_tasks, natural_instructions):
     train = set((natural_instructions / "splits" / "default" / "train_tasks.txt").read_text().split())
     assert sample_tasks
@@ -60,15 +98,21 @@ def test_a_source_counts_by_its_names_whatever_link_stands_behind_them():
     assert source_names(["wsc; Enhanced_WSC (https://a.org)", "snli"]) == {"wsc", "enhanced_wsc", "snli"}
 
 
-def test_text_survives_the_tokenizer():
-    tokenizer = AutoTokenizer.from_pretrained(NANO)
-    for text in ("In 2019, 3.14 cats", "naïve café ☕", 'She said "no".\nThen left.', "snake_case  double  space"):
-        ids = tokenizer.encode(f"<|user|>{text}<|end|>", add_special_tokens=False)
-        assert tokenizer.decode(ids, skip_special_tokens=True).strip() == text
+def test_development_tasks_share_no_source_with_the_others(make_task):
+    sources = [("a",), ("a", "b"), ("b",), ("c",), ("d",), ("e", "c"), ("f",), (), ()]
+    tasks = [make_task(f"task{n}", sources=some) for n, some in enumerate(sources)]
+    for seed in range(20):
+        chosen = development_tasks(tasks, 16, seed)
+        assert 0 < len(chosen) <= 16
+        for one, other in itertools.product(tasks, tasks):
+            if one.name in chosen and other.name not in chosen:
+                assert not set(one.sources) & set(other.sources)
+    assert len({frozenset(development_tasks(tasks, 2, seed)) for seed in range(10)}) > 3
+    assert development_tasks(tasks, 0, 1) == set()
 
 
 def test_conversations_have_the_two_forms_and_labels_are_sometimes_renamed(make_task):
-    examples = [(f"item number {i}", "Odd." if i % 2 else "even") for i in range(40)]
+    examples = [(f"item number {i}", "Odd." if i % 2 else "even") for i in range(80)]
     labels = ("Odd.", "even")
     task = make_task("quiz", instruction="Answer odd. or Even", labels=labels, examples=examples, instances=[])
     made = documents([task], seed=3)
@@ -76,11 +120,33 @@ def test_conversations_have_the_two_forms_and_labels_are_sometimes_renamed(make_
     writing = [m for m in made if "Invent one more test item" in m[0]["content"]]
     assert len(answering) + len(writing) == len(made)
     assert writing
+    items = [turn["content"] for m in answering for turn in m[2::2]]
+    assert len(items) == len(set(items)) == 80  # each is answered once
     answers = {turn["content"] for m in answering for turn in m[3::2]}
     assert {"Odd.", "even"} < answers
     for conversation in answering:  # a renamed label is renamed in the instruction too
         told = conversation[0]["content"].split("Answer ")[-1].lower()
         assert all(turn["content"].lower() in told for turn in conversation[3::2])
+
+
+def test_a_bounded_corpus_takes_as_much_of_a_large_task_as_of_a_small_one(make_task):
+    def of(name, count):
+        return make_task(
+            name, instruction=f"Do {name}.", examples=[(f"{name} {i}", str(i)) for i in range(count)], instances=[]
+        )
+
+    made = documents([of("large", 900), of("small", 300)], seed=1, made_up=0.2, most=50)
+    told = [next((n for n in ("large", "small") if f"{n} " in m[-2]["content"]), "made up") for m in made]
+    assert {name: told.count(name) for name in set(told)} == {"large": 20, "small": 20, "made up": 10}
+    assert documents([of("large", 900)], seed=1, most=50) == documents([of("large", 900)], seed=1, most=50)
+
+
+def test_another_round_shows_the_same_items_in_other_company(make_task):
+    task = make_task("one", examples=[(f"item {i}", str(i)) for i in range(60)], instances=[])
+    made = documents([task], seed=1, rounds=2)
+    items = [turn["content"] for m in made if len(m) > 2 for turn in m[2::2]]
+    assert {items.count(item) for item in items} == {2}
+    assert len({m[-2]["content"] for m in made}) > 0.6 * len(made)
 
 
 def test_labels_that_items_may_quote_are_not_renamed(make_task):
@@ -93,9 +159,36 @@ def test_labels_that_items_may_quote_are_not_renamed(make_task):
     )
 
 
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__.strip("_"))
+def test_made_up_tasks_are_answered_by_what_is_read(family):
+    known = set(WORDS) | {word for words in GROUPS.values() for word in words}
+    for seed in range(30):
+        instruction, labels, draw = family(random.Random(seed))
+        drawn = [draw() for _ in range(8)]
+        again = family(random.Random(seed))[2]
+        assert [again() for _ in range(8)] == drawn
+        for item, answer in drawn:
+            assert item
+            assert answer
+            if labels:
+                assert answer in labels
+                assert answer in instruction
+            elif not answer.isdigit():
+                told = set(re.findall(r"\w+", f"{item} {instruction}"))
+                assert known & set(re.findall(r"\w+", answer)) <= told
+
+
+def test_a_made_up_task_has_items_that_all_differ():
+    tasks = [made_up_task(random.Random(seed), 8) for seed in range(60)]
+    assert all(len({e.input for e in task.examples}) == len(task.examples) for task in tasks)
+    assert sum(len(task.examples) == 8 for task in tasks) > 50
+    assert len({task.instruction for task in tasks}) > 30
+
+
 def test_only_what_the_student_writes_counts_in_full():
     rows = np.array([[9, 2, 5, 1, 3, 6, 7, 1, 2, 8, 1, 3, 4]])  # 2 user, 3 assistant, 1 end
     assert written(rows).tolist() == [[0, 0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 1]]
+    assert weights_of(rows, 0.25)[0, 3:6].tolist() == [0.25, 1, 1]
 
 
 def test_packing_loses_nothing_but_the_last_row(make_task):
@@ -108,13 +201,148 @@ def test_packing_loses_nothing_but_the_last_row(make_task):
     assert len(ids) - rows.size < 33
 
 
+# --- the recipe
+
+
+def recipe_of(source, output, **more):
+    settings = {"tokens": 30_000, "batch_rows": 4, "warmup_steps": 5, "development": 8} | more
+    return Recipe.model_validate({"output": str(output), "source": str(source), "shape": SMALL} | settings)
+
+
+def here(recipe):
+    learn(recipe, 0, 1)
+
+
+def told_of(folder):
+    return json.loads((folder / "pretraining.json").read_text())
+
+
+def test_the_rate_rises_stays_and_falls_to_nothing():
+    recipe = Recipe(tokens=100 * 1024 * 8, warmup_steps=10, learning_rate=2.0, decay=0.5)
+    rates = [recipe.rate(step) for step in range(recipe.steps)]
+    assert len(rates) == 100
+    assert rates[:2] == [0.2, 0.4]
+    assert set(rates[9:51]) == {2.0}
+    assert rates[-1] == pytest.approx(2.0 / 50)
+
+
 @pytest.mark.slow
-def test_the_recipe_leaves_a_student_that_loads(tmp_path, natural_instructions):
-    size = {"hidden": 32, "layers": 1, "heads": 2, "kv_heads": 1, "feed_forward": 64}
-    recipe = Recipe(vocabulary=512, context=128, minutes=0.1, threads=1, **size)
-    figures = pretrain(natural_instructions / "sample" / "tasks", natural_instructions / "splits", tmp_path, recipe)
-    assert figures["steps"] > 10
-    assert figures["validation_loss"] < np.log(512)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+def test_the_recipe_leaves_a_student_that_loads_and_its_card(source, tmp_path, one_process):
+    recipe = recipe_of(source, tmp_path / "a")
+    student = make(recipe, here)
+    told = told_of(student)
+    assert told["tokens"] == 58 * 4 * 128
+    first, last = told["curve"][0], told["curve"][-1]
+    assert first[1] > last[1]
+    assert told["validation_loss"] < np.log(512)
+    model = AutoModelForCausalLM.from_pretrained(student)
     assert model.config.hidden_size == 32
-    assert AutoTokenizer.from_pretrained(tmp_path).eos_token == "<|end|>"
+    assert AutoTokenizer.from_pretrained(student).eos_token == "<|end|>"
+    manifest = json.loads((student / "manifest.json").read_text())
+    assert manifest["tasks"]
+    assert not set(manifest["tasks"]) & set(manifest["development"])
+    card = (student / "README.md").read_text()
+    assert f"{told['validation_loss']} nats" in card
+    # From scratch again, it is the same student.
+    again = make(recipe_of(source, tmp_path / "b"), here)
+    assert told_of(again)["curve"] == told["curve"]
+    assert (again / "model.safetensors").read_bytes() == (student / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_more_tokens_may_be_asked_for_until_the_rate_falls(source, tmp_path, one_process, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def stopping(at):
+        honest = Learning._learn
+
+        def learn_until(self):
+            if self.step == at:
+                self._remember()
+                raise Stop
+            return honest(self)
+
+        return learn_until
+
+    whole = make(recipe_of(source, tmp_path / "whole"), here)
+    for at, tokens, goes_on in ((20, 20_000, True), (35, 20_000, False)):
+        folder = tmp_path / str(at)
+        with monkeypatch.context() as patch:
+            patch.setattr(Learning, "_learn", stopping(at))
+            with pytest.raises(Stop):
+                make(recipe_of(source, folder, tokens=tokens), here)
+        if goes_on:
+            assert told_of(make(recipe_of(source, folder), here))["curve"] == told_of(whole)["curve"]
+        else:
+            with pytest.raises(SelfGuideError, match="another number than the training was begun with"):
+                make(recipe_of(source, folder), here)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(400)
+def test_a_killed_recipe_goes_on_to_the_same_student(source, tmp_path, one_process):
+    calm = make(recipe_of(source, tmp_path / "calm", tokens=150_000), here)
+    run = Run(str(tmp_path / "killed"))
+    settings = {"tokens": 150_000, "batch_rows": 4, "warmup_steps": 5, "development": 8, "checkpoint_seconds": 0}
+    config = tmp_path / "student.yaml"
+    config.write_text(json.dumps({"output": run.root, "source": str(source), "shape": SMALL} | settings))
+    group = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in group}
+
+    def start():
+        return subprocess.Popen([sys.executable, JOB, config], env=environment, start_new_session=True)
+
+    process = start()
+    try:
+        while (run.get_json(CURVE) or {"step": 0})["step"] < 50:
+            assert process.poll() is None
+            time.sleep(0.05)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # the driver and the cluster that it started
+        process.wait()
+    kept = run.get_json(CURVE)["step"]
+    assert kept < 292
+    process = start()
+    assert process.wait(300) == 0
+    curve = told_of(Path(run.root) / "student")["curve"]
+    assert curve == told_of(calm)["curve"]
+    assert (Path(run.root) / "student" / "model.safetensors").read_bytes() == (calm / "model.safetensors").read_bytes()
+
+
+# --- errors
+
+
+def test_a_folder_that_is_no_checkout_is_explained(tmp_path):
+    with pytest.raises(SelfGuideError) as caught:
+        make(recipe_of(tmp_path, tmp_path / "out"), here)
+    assert "is no checkout of Natural Instructions" in caught.value.what
+    assert "Clone" in caught.value.instead
+
+
+def test_a_corpus_with_nothing_to_learn_is_explained(source, tmp_path):
+    with pytest.raises(SelfGuideError, match="nothing is left to learn"):
+        prepare(Run(str(tmp_path)), recipe_of(source, tmp_path, documents=5))
+
+
+def test_another_recipe_in_the_same_folder_is_refused(source, tmp_path):
+    with pytest.raises(SelfGuideError, match="nothing is left"):
+        make(recipe_of(source, tmp_path, documents=5), here)
+    with pytest.raises(SelfGuideError) as caught:
+        make(recipe_of(source, tmp_path, documents=5, seed=7), here)
+    assert caught.value.what.endswith("was begun with other settings: seed.")
+
+
+def test_a_setting_that_a_recipe_lacks_is_explained(tmp_path):
+    path = tmp_path / "student.yaml"
+    path.write_text("shape: {hiden: 3}")
+    with pytest.raises(SelfGuideError) as caught:
+        read(Recipe, path)
+    assert caught.value.instead == "Did you mean shape.hidden?"
+
+
+@pytest.mark.parametrize("size", ["nano", "small"])
+def test_the_recipes_of_the_project_are_read(size):
+    recipe = read(Recipe, Path(__file__).parents[1] / "configs" / f"student-{size}.yaml")
+    assert recipe.output == f"runs/student-{size}"

@@ -32,12 +32,14 @@ def load_base(config: Config, device: torch.device, dtype: torch.dtype) -> torch
     return model if more else model.to(device)
 
 
-def make_optimizer(parameters: Iterable[Any], settings: Models) -> torch.optim.Optimizer:
+def make_optimizer(
+    parameters: Iterable[Any], settings: Models, betas: tuple[float, float] = (0.9, 0.999)
+) -> torch.optim.Optimizer:
     """AdamW as in spec §2, over parameters or groups of them; fused, so without temporaries of the weights' size."""
     return torch.optim.AdamW(
         parameters,
         lr=settings.peak_rate,
-        betas=(0.9, 0.999),
+        betas=betas,
         eps=1e-8,
         weight_decay=settings.weight_decay,
         fused=True,

@@ -64,11 +64,13 @@ class Zero:
             unset_hf_deepspeed_config()
             del known
 
-    def start(self, model: torch.nn.Module) -> tuple[Any, torch.optim.Optimizer]:
+    def start(
+        self, model: torch.nn.Module, betas: tuple[float, float] = (0.9, 0.999)
+    ) -> tuple[Any, torch.optim.Optimizer]:
         """A DeepSpeed engine around the trainable parameters, and torch's optimiser inside it."""
         deepspeed = import_deepspeed()
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = make_optimizer(trainable, self.settings)
+        optimizer = make_optimizer(trainable, self.settings, betas)
         settings = self.configuration()
         if self.stage == 3:
             settings["zero_optimization"] = slices(model) | settings["zero_optimization"]

@@ -1,0 +1,47 @@
+"""The recipe as a command, on Ray."""
+
+import threading
+from collections.abc import Sequence
+
+from selfguide_ray import progress
+from selfguide_ray.config_file import read
+from selfguide_ray.pretraining import Recipe
+from selfguide_ray.run import Run
+
+EVERY = 30.0  # seconds between two lines
+
+
+def pretrain(arguments: Sequence[str], usage: str | None) -> int:
+    """CONFIG [key=value …]: make the student that the file describes; returns the exit code."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage)
+        return 0 if arguments else 2
+    recipe = read(Recipe, arguments[0], arguments[1:])
+    from selfguide_ray.executor import connect
+    from selfguide_ray.pretraining.learning import CURVE
+    from selfguide_ray.pretraining.recipe import make
+    from selfguide_ray.trainer import pretrain as on_ray
+
+    def train(here: Recipe) -> None:
+        connect()
+        over = threading.Event()
+        threading.Thread(target=tell, args=(Run(here.output), over), daemon=True).start()
+        try:
+            on_ray(here)
+        finally:
+            over.set()
+
+    def tell(run: Run, over: threading.Event) -> None:
+        """Say how far the training is, as long as it lasts."""
+        last = None
+        while not over.wait(EVERY):
+            told = run.get_json(CURVE)
+            if told is not None and told["step"] != last:
+                last = told["step"]
+                tokens, loss = told["curve"][-1]
+                progress.say(
+                    f"step {last} of {told['steps']}, {tokens / 1e6:.2f} M tokens, loss {loss}, {told['seconds']:.0f} s"
+                )
+
+    progress.say(f"the student is in {make(recipe, train)}")
+    return 0

@@ -1,0 +1,191 @@
+"""What a student is trained on: task files as conversations in the pipeline's own forms, and these as rows of tokens.
+
+Only tasks of the default *train* split in English are read, none that shares a Source with a test task, and of the tasks
+that the package brings along as examples there is none: these are the project's own.
+"""
+
+import random
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from selfguide_ray.pretraining.made_up import WORDS, made_up_task
+from selfguide_ray.prompts import answering_messages, writing_request
+from selfguide_ray.schema import Example, Task, row_seed
+from selfguide_ray.task_files import read_task, task_files
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as FastTokenizer
+
+MAX_INSTRUCTION, MAX_ITEM, MAX_DOCUMENT = 900, 600, 2600  # characters; a small model has little use for passages
+UNWANTED = {"Toxic Language Detection", "Stereotype Detection"}  # nothing that a newcomer's first run should write
+SPECIAL_TOKENS = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def training_tasks(tasks: Path, splits: Path) -> list[Task]:
+    """The English tasks of default/train that a newcomer may read, without any that shares a source with a test task."""
+
+    def names(split: str) -> set[str]:
+        return set((splits / "default" / f"{split}_tasks.txt").read_text().split())
+
+    train, test = names("train"), names("test")
+    read = [read_task(file) for file in task_files(tasks) if file.name in train | test]
+    test_sources = source_names(source for task in read if task.name in test for source in task.sources)
+    return [
+        task
+        for task in read
+        if task.name in train
+        and set(task.languages) <= {"English"}
+        and task.category not in UNWANTED
+        and not test_sources & source_names(task.sources)
+    ]
+
+
+def source_names(sources: Iterable[str]) -> set[str]:
+    """The data sets that Source fields name: some name several, and some put a link behind a name."""
+    return {name.split("(")[0].strip().casefold() for source in sources for name in source.split(";")}
+
+
+def development_tasks(tasks: Sequence[Task], count: int, seed: int) -> set[str]:
+    """Names of about `count` tasks to leave out: whole families, of which none shares a source with a task that stays."""
+    home: dict[str, str] = {}  # source → the source that stands for its family
+
+    def root(source: str) -> str:
+        while home.setdefault(source, source) != source:
+            source = home[source]
+        return source
+
+    sources = {task.name: sorted(source_names(task.sources)) or [task.name] for task in tasks}
+    for names in sources.values():
+        for other in names[1:]:
+            home[root(other)] = root(names[0])
+    families: dict[str, list[str]] = {}
+    for name, names in sources.items():
+        families.setdefault(root(names[0]), []).append(name)
+    order = sorted(families)
+    random.Random(row_seed(seed, "development")).shuffle(order)
+    chosen: set[str] = set()
+    for family in order:  # small ones only: a large one would take much of what there is to learn
+        if len(families[family]) <= max(1, count // 8) and len(chosen) + len(families[family]) <= count:
+            chosen |= set(families[family])
+    return chosen
+
+
+def documents(
+    tasks: Sequence[Task], seed: int, made_up: float = 0.0, most: int | None = None, rounds: int = 1
+) -> list[list[dict[str, str]]]:
+    """Conversations in the two forms of `prompts`, answering with many turns and writing a new item, in random order.
+
+    In each of the rounds every instance serves once, in other company. `made_up` is the share of the conversations whose
+    task the project makes up; `most` bounds them all: a task with many instances then has no more than its part.
+    """
+    rng, found = random.Random(seed), []
+    learnable = [task for task in tasks if len(task.instruction) <= MAX_INSTRUCTION]
+    part = None if most is None else max(1, round((1 - made_up) * most / len(learnable)))
+    for task in learnable:
+        pool = [Example(e.input, e.output) for e in task.examples]
+        pool += [Example(i.input, rng.choice(i.references)) for i in task.instances if len(i.input) <= MAX_ITEM]
+        mine = [made for _ in range(rounds) for made in _conversations(task, rng.sample(pool, len(pool)), rng)]
+        found += mine[:part]
+    for _ in range(round(len(found) * made_up / (1 - made_up))):
+        task = made_up_task(rng, rng.randint(3, 10))
+        found += _conversations(task, list(task.examples), rng)[:1]
+    rng.shuffle(found)
+    return found
+
+
+def _conversations(task: Task, pool: list[Example], rng: random.Random) -> list[list[dict[str, str]]]:
+    """Conversations from a task's examples, each of which is answered once.
+
+    About half also serve to ask for an item; three quarters of the items of a classification task are asked for by their
+    label. In half of the conversations of a task with classes the labels are random words throughout, so that answers
+    have to be learned from the conversation.
+    """
+    made = []
+    while pool:
+        turns, room = [pool.pop()], MAX_DOCUMENT - len(task.instruction)
+        for _ in range(rng.randint(0, 8)):
+            room -= len(turns[-1].input) + len(turns[-1].output)
+            if not pool or room < len(pool[-1].input) + len(pool[-1].output):
+                break
+            turns.append(pool.pop())
+        told = renamed(task, rng) if rng.random() < 0.5 else {}
+        instruction = substitute(task.instruction, told)
+        turns = [Example(e.input, told.get(e.output.strip(), e.output)) for e in turns]
+        last = turns.pop()
+        answer = {"role": "assistant", "content": last.output.strip()}
+        made.append([*answering_messages(instruction, turns, last.input), answer])
+        if rng.random() < 0.6 and len(turns) >= 2:
+            gold = [e.input for e in turns[: rng.randint(2, 4)]]
+            earlier = [e.input for e in turns[len(gold) :]][: rng.choice((0, 1, 2, 4))]
+            label = last.output.strip() if task.labels and rng.random() < 0.75 else None
+            request = {"role": "user", "content": writing_request(instruction, gold, earlier, label)}
+            made.append([request, {"role": "assistant", "content": last.input.strip()}])
+    return made
+
+
+def renamed(task: Task, rng: random.Random) -> dict[str, str]:
+    """Random words for a task's labels; none where a label is no plain word, since its items may quote it."""
+    if not all(re.fullmatch(r"[A-Za-z]{3,}\.?", label) for label in task.labels):
+        return {}
+    return dict(zip(task.labels, rng.sample(WORDS, len(task.labels)), strict=True))
+
+
+def substitute(text: str, words: dict[str, str]) -> str:
+    """The text with each whole word that is a key, in whatever case, replaced."""
+    for word, other in words.items():
+        text = re.sub(rf"(?<!\w){re.escape(word.rstrip('.'))}(?!\w)", other, text, flags=re.IGNORECASE)
+    return text
+
+
+def render(messages: Sequence[dict[str, str]]) -> str:
+    """A conversation in the student's chat format (the same as CHAT_TEMPLATE, without a template engine)."""
+    return "".join(f"<|{m['role']}|>{m['content']}<|end|>" for m in messages)
+
+
+def train_tokenizer(texts: Iterator[str], vocabulary: int) -> "FastTokenizer":
+    """A byte-level BPE. A word after a turn's header is the same token as inside a text, so answers can be copied."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    # Digits come second: before the byte level, every digit would get a space of its own.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.ByteLevel(add_prefix_space=True), pre_tokenizers.Digits(individual_digits=True)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def pack(tokenizer: "FastTokenizer", texts: Sequence[str], context: int) -> np.ndarray:
+    """All documents end to end, cut into rows of context + 1 tokens: uint16 [rows, context + 1]."""
+    stream: list[np.ndarray] = []
+    for start in range(0, len(texts), 1000):
+        encoded = tokenizer.encode_batch(list(texts[start : start + 1000]), add_special_tokens=False)
+        stream += [np.asarray(e.ids[: context + 1], dtype=np.uint16) for e in encoded]
+    flat = np.concatenate(stream)
+    rows = len(flat) // (context + 1)
+    return flat[: rows * (context + 1)].reshape(rows, context + 1)
+
+
+def written(rows: np.ndarray) -> np.ndarray:
+    """Whether the student writes a token: what follows an assistant's header up to the end of the turn, as 0 or 1."""
+    user, assistant = SPECIAL_TOKENS.index("<|user|>"), SPECIAL_TOKENS.index("<|assistant|>")
+    roles = np.where(
+        rows == assistant, 2 * np.arange(rows.shape[1]) + 1, np.where(rows == user, 2 * np.arange(rows.shape[1]), 0)
+    )
+    speaking = np.maximum.accumulate(roles, axis=1) % 2 == 1
+    return (speaking & (rows != assistant)).astype(np.float32)

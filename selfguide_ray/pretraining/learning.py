@@ -1,0 +1,218 @@
+"""What each worker does to train a student: rows of tokens through DeepSpeed, from where the last checkpoint ends."""
+
+import io
+import json
+import math
+import time
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from selfguide_ray.config import Models
+from selfguide_ray.errors import SelfGuideError
+from selfguide_ray.models import Unfinished
+from selfguide_ray.pretraining import Recipe, Shape
+from selfguide_ray.pretraining.corpus import written
+from selfguide_ray.run import Run
+from selfguide_ray.schema import row_seed
+from selfguide_ray.tuning.base import diverged, training_device
+from selfguide_ray.tuning.sharded_state import ShardedState
+from selfguide_ray.tuning.zero import Zero, gathered, is_partitioned
+
+WORK = "work"
+ROWS, HELD_OUT = f"{WORK}/rows.npy", 64  # the last rows are never learned
+WEIGHTS, TOLD, CURVE = f"{WORK}/trained", "told.json", f"{WORK}/curve.json"
+POINT = 50  # steps of a point of the loss curve
+
+
+def make_model(shape: Shape) -> torch.nn.Module:
+    """The model with its first weights."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=shape.vocabulary,
+            hidden_size=shape.hidden,
+            intermediate_size=shape.feed_forward,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads,
+            max_position_embeddings=shape.context,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=1,
+            pad_token_id=0,
+        )
+    )
+
+
+def learn(recipe: Recipe, rank: int, world: int) -> None:
+    """Train, and leave the weights in the run; all `world` workers call it together."""
+    torch.set_num_threads(max(1, int(recipe.cpus_per_worker)))
+    torch.set_flush_denormal(True)  # second moments get there, and a CPU is slow with them
+    Learning(recipe, rank, world).run()
+
+
+class Learning:
+    """A worker's part of the training."""
+
+    def __init__(self, recipe: Recipe, rank: int, world: int) -> None:
+        self.recipe, self.rank, self.world = recipe, rank, world
+        self.storage = Run(recipe.output)
+        data = self.storage.get(ROWS)
+        assert data is not None, f"{recipe.output}/{ROWS} is gone"
+        rows = np.load(io.BytesIO(data))
+        self.rows, self.held_out = rows[:-HELD_OUT], rows[-HELD_OUT:]
+        settings = Models(
+            method="full",
+            batch_size=recipe.batch_rows,
+            learning_rate=recipe.learning_rate,
+            weight_decay=recipe.weight_decay,
+            clip=recipe.clip,
+            zero_stage=recipe.zero_stage,
+        )
+        self.device, dtype = training_device(), getattr(torch, recipe.dtype)
+        torch.manual_seed(recipe.seed)
+        model = make_model(recipe.shape).to(self.device, dtype)
+        self.engine, self.optimizer = Zero(settings, dtype, world).start(model, betas=(0.9, 0.95))
+        self.state = ShardedState(
+            self.engine, self.optimizer, Unfinished(self.storage, "student"), "student", rank, world
+        )
+        self.step, self.seconds = 0, 0.0
+        self.curve: list[list[float]] = []  # [tokens seen, loss since the point before]
+        self.since = [0.0, 0.0]  # loss and weight summed since the last point
+        about = self.state.recall(0)  # whatever the number of steps was to be
+        if about is not None:
+            self.step, self.seconds, self.curve, self.since = (about[k] for k in ("step", "seconds", "curve", "since"))
+            if about["of"] != recipe.steps and self.step > (1 - recipe.decay) * min(about["of"], recipe.steps):
+                raise SelfGuideError(
+                    f"tokens: {recipe.tokens} is another number than the training was begun with.",
+                    f"Its learning rate falls already, at step {self.step} of {about['of']}.",
+                    "Give the former number, or another output.",
+                )
+
+    def run(self) -> None:
+        """All steps from where the state ends, then the weights."""
+        started = saved = time.monotonic() - self.seconds
+        saved += self.seconds
+        while self.step < self.recipe.steps:
+            loss, weight = self._learn()
+            self.since = [self.since[0] + loss, self.since[1] + weight]
+            self.step += 1
+            self.seconds = time.monotonic() - started
+            if self.step % POINT == 0 or self.step == self.recipe.steps:
+                self._point()
+            due = self._over_ranks(float(self.rank == 0 and time.monotonic() - saved >= self.recipe.checkpoint_seconds))
+            if due[0]:
+                self._remember()
+                saved = time.monotonic()
+        self._save()
+
+    def _learn(self) -> tuple[float, float]:
+        """One optimiser step; returns the loss summed over its tokens, weighted, and their weight."""
+        recipe = self.recipe
+        batch = self.rows[self._members()]
+        weights = weights_of(batch, recipe.user_weight)
+        total = float(weights.sum())
+        mine = list(range(self.rank, len(batch), self.world))
+        passes = math.ceil(math.ceil(len(batch) / self.world) / recipe.rows_per_pass)
+        self.engine.train()
+        loss = torch.zeros((), device=self.device)
+        for number in range(passes):
+            self.engine.set_gradient_accumulation_boundary(number == passes - 1)
+            some = mine[number * recipe.rows_per_pass : (number + 1) * recipe.rows_per_pass]
+            # A rank without rows left takes part with one that weighs nothing.
+            part = self._loss(batch[some or [0]], weights[some] if some else np.zeros_like(weights[:1]))
+            self.engine.backward(part * self.world / total, scale_wrt_gas=False)  # DeepSpeed averages over ranks
+            loss += part.detach()
+        for group in self.optimizer.param_groups:
+            group["lr"] = recipe.rate(self.step)
+        self.engine.step()
+        (summed,) = self._over_ranks(loss.item())
+        if not math.isfinite(summed):
+            raise diverged("the student", f"the loss is {summed} at step {self.step + 1} of {recipe.steps}")
+        return summed, total
+
+    def _members(self) -> np.ndarray:
+        """The rows of this step: every pass over the corpus in a new order."""
+        first = self.step * self.recipe.batch_rows
+        chosen, orders = [], {}
+        for place in range(first, first + self.recipe.batch_rows):
+            epoch, at = divmod(place, len(self.rows))
+            if epoch not in orders:
+                seed = row_seed(self.recipe.seed, "rows", epoch)
+                orders[epoch] = np.random.default_rng(seed).permutation(len(self.rows))
+            chosen.append(orders[epoch][at])
+        return np.array(chosen)
+
+    def _loss(self, rows: np.ndarray, weights: np.ndarray) -> torch.Tensor:
+        """Cross-entropy in nats, summed with the weights."""
+        ids = torch.from_numpy(rows.astype(np.int64)).to(self.device)
+        logits = self.engine(input_ids=ids[:, :-1], use_cache=False).logits
+        each = cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+        return (each * torch.from_numpy(weights).flatten().to(self.device)).sum()
+
+    @torch.no_grad()
+    def _validate(self) -> float:
+        """Mean loss of a written token of the rows held out; every rank computes all of it."""
+        self.engine.eval()
+        loss = weight = 0.0
+        for start in range(0, len(self.held_out), self.recipe.rows_per_pass):
+            rows = self.held_out[start : start + self.recipe.rows_per_pass]
+            weights = weights_of(rows, 0.0)
+            loss += self._loss(rows, weights).item()
+            weight += float(weights.sum())
+        return loss / weight
+
+    def _over_ranks(self, *values: float) -> list[float]:
+        """Sums over ranks, the same on all of them."""
+        together = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.world > 1:
+            torch.distributed.all_reduce(together)
+        return together.tolist()
+
+    # --- what it leaves
+
+    def _point(self) -> None:
+        loss, weight = self.since
+        self.curve.append([self.step * self.recipe.batch_rows * self.recipe.shape.context, round(loss / weight, 4)])
+        self.since = [0.0, 0.0]
+        if self.rank == 0:
+            told = {"step": self.step, "steps": self.recipe.steps, "seconds": self.seconds, "curve": self.curve}
+            self.storage.put(CURVE, json.dumps(told).encode())
+
+    def _remember(self) -> None:
+        about = {"step": self.step, "seconds": self.seconds, "curve": self.curve, "since": self.since}
+        self.state.remember(self.step, about | {"steps": 0, "of": self.recipe.steps})
+
+    def _save(self) -> None:
+        """The weights in bfloat16, and what is told of them."""
+        validation = self._validate()
+        weights: dict[str, torch.Tensor] = {}
+        for name, parameter in self.engine.module.named_parameters():
+            with gathered(parameter):
+                if self.rank == 0:
+                    weights[name] = parameter.detach().to("cpu", torch.bfloat16, copy=is_partitioned(parameter))
+        if self.rank:
+            return
+        model = make_model(self.recipe.shape).to(torch.bfloat16)
+        model.load_state_dict(weights, strict=False)  # the output layer is the embedding, and named once
+        told: dict[str, Any] = {
+            "validation_loss": round(validation, 4),  # nats a written token
+            "tokens": self.recipe.steps * self.recipe.batch_rows * self.recipe.shape.context,
+            "seconds": round(self.seconds),
+            "workers": self.world,
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
+            "curve": self.curve,
+        }
+        with self.storage.scratch(WORK) as folder:
+            model.save_pretrained(folder)
+            (folder / TOLD).write_text(json.dumps(told))
+            self.storage.publish(folder, WEIGHTS, TOLD)
+
+
+def weights_of(rows: np.ndarray, user_weight: float) -> np.ndarray:
+    """What each predicted token weighs: float32 [rows, context]; 1 where the student writes."""
+    return np.maximum(written(rows)[:, 1:], np.float32(user_weight))
