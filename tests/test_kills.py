@@ -149,6 +149,7 @@ def test_a_process_killed_at_any_step_ends_the_same(tmp_path, calm):
 def test_workers_groups_and_the_driver_killed_at_random_end_the_same(tmp_path, calm):
     _, run = prepared(tmp_path / "cluster")
     chance, done = random.Random(7), []
+    lost = {"worker": [], "group": [], "driver": []}  # seconds from a death to the next step that is kept
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}  # a cluster that dies with its driver
     published = {}
 
@@ -176,8 +177,12 @@ def test_workers_groups_and_the_driver_killed_at_random_end_the_same(tmp_path, c
         now = {task: run.get(f"models/{task}/model.json") for task in run.trained()}
         assert {task: now[task] for task in published} == published  # what is finished is not trained again
         published = now
+        died = time.monotonic()
         if process.poll() is not None:
             process = start()
+        if wait_for(run, process, 1):
+            lost[kind].append(round(time.monotonic() - died, 1))
+    print("seconds lost:", lost)
     if process.wait(timeout=400) != 0:
         process = start()
         assert process.wait(timeout=400) == 0, (tmp_path / "log").read_text()[-3000:]

@@ -14,7 +14,8 @@ ENGINE = [
     "transformers", "vllm", "vllm_requests", "vllm_settings", "scripted",
 ]  # fmt: skip
 TUNING = [
-    "pairs", "base", "layout", "adapter_stack", "side_by_side", "zero", "sharded_state", "data_parallel", "scripted",
+    "pairs", "base", "last_layer", "layout", "adapter_stack", "side_by_side", "zero", "sharded_state", "data_parallel",
+    "scripted",
 ]  # fmt: skip
 # From the bottom up; a module imports from lower rows only. A row marked "apart" holds modules that never meet.
 LAYERS = [

@@ -18,6 +18,7 @@ from selfguide_ray.run import Run
 from selfguide_ray.schema import TABLES, row_seed, task_rows
 from selfguide_ray.student import StudentTokenizer
 from selfguide_ray.tuning import side_by_side
+from selfguide_ray.tuning.last_layer import release, take
 from selfguide_ray.tuning.layout import lay_out, suits
 from selfguide_ray.tuning.pairs import Pair, Stopping, batches, first_a, hold_out, rate_factor
 
@@ -87,6 +88,43 @@ def test_a_layout_computes_what_each_pair_would_alone():
             logits = model(input_ids=ids).logits[0, len(pair.prompt) - 1 : -1]
             expected += torch.nn.functional.cross_entropy(logits, ids[0, len(pair.prompt) :], reduction="sum").item()
         assert loss == pytest.approx(expected, rel=1e-5)
+
+
+FAMILIES = ["Llama", "Qwen2", "Qwen3", "Mistral", "GPTNeoX", "Gemma", "Phi3", "Olmo2"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_last_layer_of_few_columns_changes_neither_losses_nor_gradients(family):
+    import transformers
+
+    shape = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+    more = {} if family == "GPTNeoX" else {"num_key_value_heads": 2, "head_dim": 8}
+    if family in ("Mistral", "Phi3"):
+        more["sliding_window"] = None
+    config = getattr(transformers, f"{family}Config")(vocab_size=64, pad_token_id=0, **shape, **more)
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    draw = lambda n: tuple(torch.randint(3, 60, (n,)).tolist())  # noqa: E731
+    tasks = [[Pair(draw(9), draw(3)), Pair(draw(4), draw(1))], [Pair(draw(12), draw(2))]]
+    layout = lay_out(tasks, torch.device("cpu"), torch.float32)
+
+    def learned(last):
+        model.zero_grad()
+        losses = layout.losses(model, last)
+        losses.sum().backward()
+        return losses.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    losses, gradients = learned(None)
+    last = take(model)
+    assert last is not None
+    assert suits(model, last)
+    ours, mine = learned(last)
+    assert torch.allclose(ours, losses, rtol=1e-5)
+    assert mine.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert (mine[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name
+    release(model, last)
+    assert torch.equal(learned(None)[0], losses)
 
 
 def test_models_that_see_a_window_or_take_no_positions_are_not_packed():

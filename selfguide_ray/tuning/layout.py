@@ -6,11 +6,13 @@ would see alone; positions count within the pair.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from selfguide_ray.engine import common_head
+from selfguide_ray.tuning.last_layer import LastColumns
 from selfguide_ray.tuning.pairs import IGNORED, Pair
 
 HEAD, PADDING = -1, -2  # in place of a pair's number
@@ -26,19 +28,20 @@ class Layout:
     mask: torch.Tensor  # [n, 1, T, T], added to the scores
     targets: torch.Tensor  # [n, K]
 
-    def logits(self, model: torch.nn.Module) -> torch.Tensor:
-        """The model's logits [n, K, vocabulary] at the last columns."""
-        return model(
-            input_ids=self.ids,
-            position_ids=self.position,
-            attention_mask=self.mask,
-            use_cache=False,
-            logits_to_keep=self.targets.shape[1],
-        ).logits
+    def logits(self, model: torch.nn.Module, last: LastColumns | None = None) -> torch.Tensor:
+        """The model's logits [n, K, vocabulary] at the last columns; `last` is its last layer, where that is in hand."""
+        with nullcontext() if last is None else last.only(self.targets.shape[1]):
+            return model(
+                input_ids=self.ids,
+                position_ids=self.position,
+                attention_mask=self.mask,
+                use_cache=False,
+                logits_to_keep=self.targets.shape[1],
+            ).logits
 
-    def losses(self, model: torch.nn.Module) -> torch.Tensor:
+    def losses(self, model: torch.nn.Module, last: LastColumns | None = None) -> torch.Tensor:
         """Summed cross-entropy [n] of the targets, in nats (statement 19)."""
-        logits = self.logits(model)
+        logits = self.logits(model, last)
         each = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1).float(), self.targets.flatten(), ignore_index=IGNORED, reduction="none"
         )
@@ -78,8 +81,8 @@ def lay_out(batches: Sequence[Sequence[Pair]], device: torch.device, dtype: torc
 
 
 @torch.no_grad()
-def suits(model: torch.nn.Module) -> bool:
-    """Whether the model computes the same from a layout as from plain passes.
+def suits(model: torch.nn.Module, last: LastColumns | None = None) -> bool:
+    """Whether the model computes the same from a layout as from plain passes, with its last layer in hand or not.
 
     One that takes no mask or positions from outside, or sees only a window of its past, does not.
     """
@@ -95,7 +98,7 @@ def suits(model: torch.nn.Module) -> bool:
         Pair(tuple(tokens[19:22]), tuple(tokens[22:24])),
     ]
     try:
-        found = lay_out([pairs[:2], pairs[2:]], parameter.device, parameter.dtype).logits(model).float()
+        found = lay_out([pairs[:2], pairs[2:]], parameter.device, parameter.dtype).logits(model, last).float()
     except (ValueError, TypeError, RuntimeError, AttributeError, KeyError, IndexError, NotImplementedError):
         return False
     plain = []

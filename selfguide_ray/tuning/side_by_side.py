@@ -23,6 +23,7 @@ from selfguide_ray.student import StudentTokenizer, context_of
 from selfguide_ray.tuning import Lesson, Memory, Told
 from selfguide_ray.tuning.adapter_stack import AdapterStack, targeted
 from selfguide_ray.tuning.base import diverged, load_base, make_optimizer, training_device
+from selfguide_ray.tuning.last_layer import LastColumns, release, take
 from selfguide_ray.tuning.layout import lay_out, suits
 from selfguide_ray.tuning.pairs import Pair, Stopping, batches, hold_out, in_passes, mute, rate_factor, read_pairs
 
@@ -62,6 +63,7 @@ class SideBySide:
         self.tokenizer = StudentTokenizer(config.student)
         self.context = context_of(config.student)
         self.base: torch.nn.Module | None = None
+        self.last: LastColumns | None = None
         self.alone: Any = None  # trains what cannot be packed
 
     def _start(self) -> None:
@@ -74,6 +76,11 @@ class SideBySide:
             from selfguide_ray.tuning.data_parallel import DataParallel
 
             self.alone = DataParallel(self.config, 0, 1, base)
+        else:
+            self.last = take(base)
+            if self.last is not None and not suits(base, self.last):
+                release(base, self.last)
+                self.last = None
         self.base = base
 
     def train(self, pack: Sequence[Lesson], memory: Memory) -> dict[str, Told | SelfGuideError]:
@@ -150,7 +157,7 @@ class Fitting:
         tokens = torch.tensor([[sum(len(pair.completion) for pair in pairs)] for _, pairs in parts], device=self.device)
         with self.stack.on(self.base, leaves):
             for micro in self._micro_batches([pairs for _, pairs in parts]):
-                losses = lay_out(micro, self.device, self.dtype).losses(self.base)
+                losses = lay_out(micro, self.device, self.dtype).losses(self.base, self.tuner.last)
                 self.stack.add_gradients((losses / tokens[:, 0]).sum(), leaves)
                 for n, (epoch, _) in enumerate(parts):
                     if going[n]:
@@ -198,7 +205,7 @@ class Fitting:
         """Mean loss a token of some tasks on the pairs held out of them."""
         sums = torch.zeros(len(checked), device=self.device)
         for micro in self._micro_batches([self.learners[n].validation for n in checked]):
-            sums += lay_out(micro, self.device, self.dtype).losses(self.base)
+            sums += lay_out(micro, self.device, self.dtype).losses(self.base, self.tuner.last)
         tokens = [sum(len(pair.completion) for pair in self.learners[n].validation) for n in checked]
         return [total / count for total, count in zip(sums.tolist(), tokens, strict=True)]
 
