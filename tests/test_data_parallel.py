@@ -21,17 +21,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from selfguide_ray.config import Config
 from selfguide_ray.config_file import load
 from selfguide_ray.embedded import resolve
-from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.failures import failures
 from selfguide_ray.models import UNFINISHED, Pack, learn
 from selfguide_ray.prompts import Prompts
 from selfguide_ray.run import Run
 from selfguide_ray.schema import TABLES, row_seed, task_rows
 from selfguide_ray.student import StudentTokenizer
-from selfguide_ray.tuning import data_parallel, packs_tasks
+from selfguide_ray.tuning import data_parallel
 from selfguide_ray.tuning.data_parallel import passes
 from selfguide_ray.tuning.pairs import Pair, batches, rate_factor
-from selfguide_ray.tuning.zero import Zero
 
 pytestmark = pytest.mark.slow
 SECONDS = 100  # after which ranks hang
@@ -374,61 +372,3 @@ def assert_explained(run, task, told_of):
     assert told_of in what
     assert why.startswith("  why: ")
     assert instead.startswith("  instead: ")
-
-
-# --- settings
-
-
-def test_workers_are_a_number_or_a_range():
-    assert load(overrides=["cluster.workers=3"]).cluster.workers == 3
-    assert load(overrides=["cluster.workers=[1, 4]"]).cluster.workers == (1, 4)
-    ranged = load(overrides=["cluster.workers=[1, 4]"])
-    assert Config.model_validate(ranged.model_dump(mode="json")) == ranged
-    assert packs_tasks(load(overrides=["cluster.workers=[1, 1]"]))
-    assert not packs_tasks(load(overrides=["cluster.workers=[1, 2]"]))
-
-
-@pytest.mark.parametrize("value", ["0", "[0, 2]", "[3, 2]", "[1, 2, 3]", "[1]", "many", "1.5", "true", "[1, two]"])
-def test_a_wrong_number_of_workers_is_explained(value):
-    with pytest.raises(SelfGuideError) as caught:
-        load(overrides=[f"cluster.workers={value}"])
-    assert caught.value.what.startswith("command line: cluster.workers is ")
-    assert "[fewest, most]" in caught.value.why
-    assert caught.value.instead.startswith("cluster.workers: Workers in a group")
-
-
-def test_deepspeed_settings_come_from_a_file_or_the_config(tmp_path):
-    path = tmp_path / "zero.json"
-    keys = {"zero_optimization": {"stage": 2, "overlap_comm": False}, "train_batch_size": 8}
-    path.write_text(json.dumps(keys))
-    config = load(overrides=[f"models.deepspeed={path}"])
-    assert config.models.deepspeed == keys
-    path.unlink()  # the run depends on the keys, not on the file
-    assert Config.model_validate(config.model_dump(mode="json")) == config
-    assert load(overrides=["models.deepspeed={train_batch_size: 8}"]).models.deepspeed == {"train_batch_size": 8}
-
-
-@pytest.mark.parametrize(
-    ("content", "what"),
-    [(None, "cannot be read"), (b"{", "is no JSON"), (b"\xff", "is no JSON"), (b"[1]", "holds a list")],
-)
-def test_a_wrong_file_of_deepspeed_settings_is_explained(tmp_path, content, what):
-    path = tmp_path / "zero.json"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(SelfGuideError) as caught:
-        load(overrides=[f"models.deepspeed={path}"])
-    assert caught.value.what.startswith(f"models.deepspeed: {path} {what}")
-    assert caught.value.why
-    assert caught.value.instead
-
-
-def test_the_users_keys_go_over_ours_inside_a_section_too(planned):
-    config, _ = planned(
-        "models.zero_stage=3",
-        "models.deepspeed={zero_optimization: {sub_group_size: 7}, train_micro_batch_size_per_gpu: 9}",
-    )
-    settings = Zero(config.models, torch.float32, 2).configuration()
-    assert settings["zero_optimization"] == {"stage": 3, "sub_group_size": 7}
-    assert settings["train_micro_batch_size_per_gpu"] == 9
-    assert settings["gradient_clipping"] == 0.5
