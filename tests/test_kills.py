@@ -149,7 +149,7 @@ def test_a_process_killed_at_any_step_ends_the_same(tmp_path, calm):
 def test_workers_groups_and_the_driver_killed_at_random_end_the_same(tmp_path, calm):
     _, run = prepared(tmp_path / "cluster")
     chance, done = random.Random(7), []
-    lost = {"worker": [], "group": [], "driver": []}  # seconds from a death to the next step that is kept
+    lost = []  # seconds from a death of all that learns to the next step that is kept
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}  # a cluster that dies with its driver
     published = {}
 
@@ -180,9 +180,9 @@ def test_workers_groups_and_the_driver_killed_at_random_end_the_same(tmp_path, c
         died = time.monotonic()
         if process.poll() is not None:
             process = start()
-        if wait_for(run, process, 1):
-            lost[kind].append(round(time.monotonic() - died, 1))
-    print("seconds lost:", lost)
+        if kind == "group" and wait_for(run, process, 1):
+            lost.append(round(time.monotonic() - died, 1))
+    print("seconds lost with a group:", lost)
     if process.wait(timeout=400) != 0:
         process = start()
         assert process.wait(timeout=400) == 0, (tmp_path / "log").read_text()[-3000:]
