@@ -18,7 +18,19 @@ def test_workers_are_a_number_or_a_range():
     ranged = load(overrides=["cluster.workers=[1, 4]"])
     assert Config.model_validate(ranged.model_dump(mode="json")) == ranged
     assert packs_tasks(load(overrides=["cluster.workers=[1, 1]"]))
-    assert not packs_tasks(load(overrides=["cluster.workers=[1, 2]"]))
+
+
+ALONE = [
+    "cluster.workers=[1, 2]",
+    "models.zero_stage=1",
+    "models.deepspeed={train_batch_size: 8}",
+    "models.dropout=0.1",
+]
+
+
+@pytest.mark.parametrize("setting", [*ALONE, "models.gradient_checkpointing=true", "models.method=full"])
+def test_what_a_pack_cannot_do_is_done_task_by_task(setting):
+    assert not packs_tasks(load(overrides=[setting]))
 
 
 @pytest.mark.parametrize("value", ["0", "[0, 2]", "[3, 2]", "[1, 2, 3]", "[1]", "many", "1.5", "true", "[1, two]"])

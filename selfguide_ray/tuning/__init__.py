@@ -72,6 +72,7 @@ def packs_tasks(config: Config) -> bool:
         and models.dropout == 0
         and models.zero_stage == 0
         and not models.deepspeed
+        and not models.gradient_checkpointing
         and config.cluster.workers in (1, (1, 1))
         and config.student.engine != "scripted"
     )
