@@ -191,7 +191,7 @@ def test_what_cannot_fit_is_a_verdict(folder):
     answers = engine.generate([large, small])
     assert [c.finish_reason for c in answers[0]] == ["too_long"] * 2
     assert ids(answers[1:]) == ids(start(folder).generate([small]))
-    assert engine.batch.idle
+    assert engine.batch is None or engine.batch.idle  # none where the failure came last
     assert not engine.batch.prefixes.needed
 
 
@@ -417,7 +417,7 @@ def test_a_failing_call_fails_alone(folder, tmp_path):
         thread.join()
     assert [found[i] for i in range(3)] == expected
     assert raised == ["'lora_alpha'"]
-    assert engine.batch.idle
+    assert engine.batch is None or engine.batch.idle  # none where the failure came last
     assert not engine.calls
     assert not engine.alone
 
