@@ -27,7 +27,7 @@ BENCHMARKS: dict[str, str] = {  # the module and function of each: what one need
     "loading": "benchmarks.loading:loading",
     "generation": "benchmarks.generation:generation",
     "training": "benchmarks.training:training",
-    "zero_memory": "benchmarks.training:zero_memory",
+    "zero_memory": "benchmarks.zero_memory:zero_memory",
     "gpu": "benchmarks.gpu:gpu",
 }
 

@@ -63,16 +63,6 @@ def training(arguments: argparse.Namespace) -> Measured:
         return measure(Path(temporary), Exercise(), arguments.repeats, arguments.quick)
 
 
-def zero_memory(_: argparse.Namespace) -> Measured:
-    """What a worker holds at most with ZeRO-3, against ZeRO-0; see zero_memory.py."""
-    from benchmarks.zero_memory import zero_memory as saving
-
-    with tempfile.TemporaryDirectory() as temporary:
-        told = saving(Path(temporary))
-    held = {name: max(told[stage]["peak_pss_mib"]) for name, stage in (("ours", "zero_3"), ("zero_0", "zero_0"))}
-    return told | {"unit": "MiB, less is better", "rates": held}
-
-
 def measure(temporary: Path, exercise: Exercise, repeats: int, quick: bool) -> Measured:
     """All parts: processes, the warm process, Ray, and unless `quick` other batches and students."""
     config = exercise.write(temporary / "run", NANO, f"models.batch_size={BATCH}")

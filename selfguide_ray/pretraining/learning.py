@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -19,7 +18,7 @@ from selfguide_ray.pretraining import Recipe, Shape
 from selfguide_ray.pretraining.corpus import written
 from selfguide_ray.run import Run
 from selfguide_ray.schema import row_seed
-from selfguide_ray.tuning.base import diverged, training_device
+from selfguide_ray.tuning.base import diverged, over_ranks, training_device
 from selfguide_ray.tuning.sharded_state import ShardedState
 from selfguide_ray.tuning.zero import Zero, gathered, is_partitioned
 
@@ -80,6 +79,7 @@ class Learning:
         self.state = ShardedState(
             self.engine, self.optimizer, Unfinished(self.storage, "student"), "student", rank, world
         )
+        self.orders: dict[int, np.ndarray] = {}
         self.step, self.seconds = 0, 0.0
         self.curve: list[list[float]] = []  # [tokens seen, loss since the point before]
         self.since = [0.0, 0.0]  # loss and weight summed since the last point
@@ -95,8 +95,8 @@ class Learning:
 
     def run(self) -> None:
         """All steps from where the state ends, then the weights."""
-        started = saved = time.monotonic() - self.seconds
-        saved += self.seconds
+        saved = time.monotonic()
+        started = saved - self.seconds
         while self.step < self.recipe.steps:
             loss, weight = self._learn()
             self.since = [self.since[0] + loss, self.since[1] + weight]
@@ -104,8 +104,8 @@ class Learning:
             self.seconds = time.monotonic() - started
             if self.step % POINT == 0 or self.step == self.recipe.steps:
                 self._point()
-            due = self._over_ranks(float(self.rank == 0 and time.monotonic() - saved >= self.recipe.checkpoint_seconds))
-            if due[0]:
+            due = self.rank == 0 and time.monotonic() - saved >= self.recipe.checkpoint_seconds
+            if self._over_ranks(float(due)):
                 self._remember()
                 saved = time.monotonic()
         self._save()
@@ -130,7 +130,7 @@ class Learning:
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.rate(self.step)
         self.engine.step()
-        (summed,) = self._over_ranks(loss.item())
+        summed = self._over_ranks(loss.item())
         if not math.isfinite(summed):
             raise diverged("the student", f"the loss is {summed} at step {self.step + 1} of {recipe.steps}")
         return summed, total
@@ -138,14 +138,16 @@ class Learning:
     def _members(self) -> np.ndarray:
         """The rows of this step: every pass over the corpus in a new order."""
         first = self.step * self.recipe.batch_rows
-        chosen, orders = [], {}
-        for place in range(first, first + self.recipe.batch_rows):
-            epoch, at = divmod(place, len(self.rows))
-            if epoch not in orders:
-                seed = row_seed(self.recipe.seed, "rows", epoch)
-                orders[epoch] = np.random.default_rng(seed).permutation(len(self.rows))
-            chosen.append(orders[epoch][at])
-        return np.array(chosen)
+        places = (divmod(place, len(self.rows)) for place in range(first, first + self.recipe.batch_rows))
+        return np.array([self._order(epoch)[at] for epoch, at in places])
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """The order of the rows in a pass over the corpus."""
+        if epoch not in self.orders:
+            made = np.random.default_rng(row_seed(self.recipe.seed, "rows", epoch)).permutation(len(self.rows))
+            # A step touches two passes at most, the one behind it and the one ahead.
+            self.orders = {kept: order for kept, order in self.orders.items() if kept == epoch - 1} | {epoch: made}
+        return self.orders[epoch]
 
     def _loss(self, rows: np.ndarray, weights: np.ndarray) -> torch.Tensor:
         """Cross-entropy in nats, summed with the weights."""
@@ -166,12 +168,8 @@ class Learning:
             weight += float(weights.sum())
         return loss / weight
 
-    def _over_ranks(self, *values: float) -> list[float]:
-        """Sums over ranks, the same on all of them."""
-        together = torch.tensor(values, dtype=torch.float64, device=self.device)
-        if self.world > 1:
-            torch.distributed.all_reduce(together)
-        return together.tolist()
+    def _over_ranks(self, value: float) -> float:
+        return over_ranks(torch.tensor([value], dtype=torch.float64, device=self.device), self.world)[0]
 
     # --- what it leaves
 

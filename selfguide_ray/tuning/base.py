@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch.distributed
 from transformers import AutoModelForCausalLM
 
 from selfguide_ray.config import Config, Models
@@ -44,6 +45,13 @@ def make_optimizer(
         weight_decay=settings.weight_decay,
         fused=True,
     )
+
+
+def over_ranks(values: torch.Tensor, world: int) -> list[float]:
+    """Sums over the ranks of a group, the same on all of them; `values` is changed."""
+    if world > 1:
+        torch.distributed.all_reduce(values)
+    return values.tolist()
 
 
 def diverged(task: str, sign: str) -> SelfGuideError:

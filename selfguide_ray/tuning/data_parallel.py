@@ -22,7 +22,7 @@ from selfguide_ray.schema import row_seed
 from selfguide_ray.student import StudentTokenizer, context_of
 from selfguide_ray.tuning import Lesson, Memory, Told
 from selfguide_ray.tuning.adapter_stack import fits_no_module, lora_config
-from selfguide_ray.tuning.base import diverged, load_base, training_device
+from selfguide_ray.tuning.base import diverged, load_base, over_ranks, training_device
 from selfguide_ray.tuning.layout import lay_out, suits
 from selfguide_ray.tuning.pairs import (
     IGNORED,
@@ -224,7 +224,7 @@ class Fitting:
         self.engine.step()
         self.step += 1
         due = time.monotonic() - self.saved >= self.tuner.config.cluster.checkpoint_seconds
-        total, due = self._over_ranks(torch.stack([loss, loss.new_tensor(float(due and self.rank == 0))]))
+        total, due = over_ranks(torch.stack([loss, loss.new_tensor(float(due and self.rank == 0))]), self.world)
         self.summed += total
         if not math.isfinite(total):
             raise diverged(self.task, f"the loss is {total} at step {self.step} of {len(self.plan)}")
@@ -258,7 +258,7 @@ class Fitting:
         loss = torch.zeros((), device=self.device)
         for parts in passes(self.validation, self.world, self.tuner.config.cluster.tokens_per_pass):
             loss += self._loss(parts[self.rank], self.validation[0])
-        return self._over_ranks(loss[None])[0] / sum(len(pair.completion) for pair in self.validation)
+        return over_ranks(loss[None], self.world)[0] / sum(len(pair.completion) for pair in self.validation)
 
     def _loss(self, pairs: list[Pair], filler: Pair) -> torch.Tensor:
         """Summed cross-entropy of a pass; one without pairs goes through the model with nothing to learn."""
@@ -276,23 +276,17 @@ class Fitting:
             reduction="sum",
         )
 
-    def _over_ranks(self, values: torch.Tensor) -> list[float]:
-        """Sums over ranks, the same on all of them."""
-        if self.world > 1:
-            torch.distributed.all_reduce(values)
-        return values.tolist()
-
     def _check_weights(self) -> None:
         """A last step that went wrong shows in the weights alone."""
         wrong = torch.tensor([float(not self.state.finite)], device=self.device)
-        if self._over_ranks(wrong)[0]:
+        if over_ranks(wrong, self.world)[0]:
             raise diverged(self.task, "some of its weights are not finite")
 
     def _suits_packing(self) -> bool:
         """Whether every rank finds that the student computes the same from a packed layout."""
         self.engine.eval()
         fits = suits(self.engine.module)
-        return self._over_ranks(torch.tensor([float(fits)], device=self.device))[0] == self.world
+        return over_ranks(torch.tensor([float(fits)], device=self.device), self.world)[0] == self.world
 
     # --- what a new group goes on from
 
