@@ -44,7 +44,6 @@ class WorkList:
         self.workers: dict[int, int] = {}
         self.places: dict[int, PlacementGroup | None] = {}
         self.given_up: list[str] = []
-        self.stillborn = False
 
     def begin(self, group: int, workers: int, place: PlacementGroup | None = None) -> bool:
         """A group starts: what it had in hand goes back. False if it should not go on starting.
@@ -55,7 +54,6 @@ class WorkList:
         self.workers[group], self.places[group] = workers, place
         self.release(group, died)
         self.starts[group] += died
-        self.stillborn |= self.starts[group] > STARTS
         return self.starts[group] <= STARTS
 
     def take(self, group: int) -> Pack | None:
@@ -86,7 +84,8 @@ class WorkList:
 
     def left(self) -> tuple[int, list[str]]:
         """How many packs wait for a group that has prospects, and the tasks given up."""
-        return 0 if self.stillborn else len(self.waiting), self.given_up
+        stillborn = any(count > STARTS for count in self.starts.values())
+        return 0 if stillborn else len(self.waiting), self.given_up
 
 
 def train_packs(config: Config, packs: Sequence[Pack]) -> Iterator[tuple[str, bool]]:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from selfguide_ray.config_file import read
 from selfguide_ray.embedded import resolve
 from selfguide_ray.errors import SelfGuideError
+from selfguide_ray.models import UNFINISHED
 from selfguide_ray.pretraining import Recipe
 from selfguide_ray.pretraining.corpus import (
     development_tasks,
@@ -306,6 +307,7 @@ def test_a_killed_recipe_goes_on_to_the_same_student(source, tmp_path, one_proce
     assert kept < 292
     process = start()
     assert process.wait(300) == 0
+    assert not run.names(UNFINISHED)
     curve = told_of(Path(run.root) / "student")["curve"]
     assert curve == told_of(calm)["curve"]
     assert (Path(run.root) / "student" / "model.safetensors").read_bytes() == (calm / "model.safetensors").read_bytes()

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from selfguide_ray import progress
 from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.failures import clear, failures
+from selfguide_ray.models import UNFINISHED
 from selfguide_ray.pretraining import Recipe, corpus
 from selfguide_ray.pretraining.learning import HELD_OUT, ROWS, TOLD, WEIGHTS, WORK
 from selfguide_ray.run import Run
@@ -41,6 +42,7 @@ def make(recipe: Recipe, train: Callable[[Recipe], None]) -> Path:
         if not run.exists(f"{WEIGHTS}/{TOLD}"):
             why = "; ".join(line for _, _, line in failures(run)) or "Its workers have died."
             raise SelfGuideError(f"{recipe.output}: the student was not trained.", why, "Start the recipe again.")
+    run.remove(UNFINISHED)  # the state that a death would have gone on from
     if not run.exists(f"{STUDENT}/{CARD}"):
         publish(run, recipe)
     return Path(run.root) / STUDENT
