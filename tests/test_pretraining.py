@@ -321,6 +321,7 @@ def test_a_folder_that_is_no_checkout_is_explained(tmp_path):
         make(recipe_of(tmp_path, tmp_path / "out"), here)
     assert "is no checkout of Natural Instructions" in caught.value.what
     assert "Clone" in caught.value.instead
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_corpus_with_nothing_to_learn_is_explained(source, tmp_path):

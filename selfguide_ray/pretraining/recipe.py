@@ -32,6 +32,8 @@ def make(recipe: Recipe, train: Callable[[Recipe], None]) -> Path:
     """The student's folder. `train` trains the weights: `trainer.pretrain`, or the same without Ray."""
     run = Run(recipe.output)
     recipe = recipe.model_copy(update={"output": run.root if run.local else run.uri})
+    if not run.exists(ROWS):
+        _checkout(recipe)  # before anything is written
     _claim(run, recipe)
     run.sweep()
     if not run.exists(ROWS):
@@ -64,9 +66,9 @@ def _claim(run: Run, recipe: Recipe) -> None:
         )
 
 
-def prepare(run: Run, recipe: Recipe) -> None:
-    """Tokenizer, rows, and a list of what was learned and what was left out; the rows are written last."""
-    started, source = time.monotonic(), Path(recipe.source).expanduser()
+def _checkout(recipe: Recipe) -> tuple[Path, Path]:
+    """The tasks and the splits of the source; raises SelfGuideError if it has none."""
+    source = Path(recipe.source).expanduser()
     tasks, splits = source / "tasks", source / "splits"
     if not tasks.is_dir():
         tasks = source / "tasks.tar.xz"
@@ -76,6 +78,13 @@ def prepare(run: Run, recipe: Recipe) -> None:
             "It wants tasks/ or tasks.tar.xz, and splits/default/.",
             "Clone the repository natural-instructions of the Allen Institute, and name its folder.",
         )
+    return tasks, splits
+
+
+def prepare(run: Run, recipe: Recipe) -> None:
+    """Tokenizer, rows, and a list of what was learned and what was left out; the rows are written last."""
+    started = time.monotonic()
+    tasks, splits = _checkout(recipe)
     found = corpus.training_tasks(tasks, splits)
     development = corpus.development_tasks(found, recipe.development, recipe.seed)
     learned = [task for task in found if task.name not in development]
@@ -88,7 +97,7 @@ def prepare(run: Run, recipe: Recipe) -> None:
     rows = corpus.pack(tokenizer, texts, recipe.shape.context)
     if len(rows) <= HELD_OUT:
         raise SelfGuideError(
-            f"source: {source} makes {len(rows)} rows of {recipe.shape.context} tokens.",
+            f"source: {recipe.source} makes {len(rows)} rows of {recipe.shape.context} tokens.",
             f"{HELD_OUT} are held out, and nothing is left to learn.",
             "Give more tasks, or a smaller shape.context.",
         )
