@@ -181,7 +181,10 @@ class Run:
 
     def names(self, relative: str) -> list[str]:
         """Names in a folder, hidden ones left out; none if it is absent."""
-        infos = self.fs.get_file_info(pafs.FileSelector(self._path(relative), allow_not_found=True))
+        try:
+            infos = self.fs.get_file_info(pafs.FileSelector(self._path(relative), allow_not_found=True))
+        except FileNotFoundError:  # Arrow's answer where the folder is made between its two looks
+            return []
         return sorted(info.base_name for info in infos if not info.base_name.startswith((".", "_")))
 
     def remove(self, relative: str) -> None:

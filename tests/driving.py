@@ -27,14 +27,14 @@ def start(folder, text, delay="0"):
 
 def finish(folder, text, delay="0"):
     process = start(folder, text, delay)
-    assert process.wait(timeout=300) == 0, (folder / "log").read_text()[-3000:]
+    assert process.wait(timeout=600) == 0, (folder / "log").read_text()[-3000:]
     return Run(str(folder / "run"))
 
 
 def kill_when(folder, text, reached, delay="0"):
     """Run until `reached(run)`, then SIGKILL; True if the process was still alive to be killed."""
     run, process = Run(str(folder / "run")), start(folder, text, delay)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 500
     while process.poll() is None and not reached(run):
         assert time.monotonic() < deadline, (folder / "log").read_text()[-3000:]
         time.sleep(0.01)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfguide_ray.config_file import read
@@ -33,8 +34,9 @@ from selfguide_ray.pretraining.corpus import (
     training_tasks,
     written,
 )
-from selfguide_ray.pretraining.learning import CURVE, Learning, learn, weights_of
+from selfguide_ray.pretraining.learning import CURVE, Learning, learn, make_model, weights_of
 from selfguide_ray.pretraining.made_up import FAMILIES, GROUPS, WORDS, made_up_task
+from selfguide_ray.pretraining.muon import Muon, orthogonalized, split
 from selfguide_ray.pretraining.recipe import make, prepare
 from selfguide_ray.run import Run
 
@@ -192,14 +194,86 @@ def test_only_what_the_student_writes_counts_in_full():
     assert weights_of(rows, 0.25)[0, 3:6].tolist() == [0.25, 1, 1]
 
 
-def test_packing_loses_nothing_but_the_last_row(make_task):
+def test_packing_keeps_every_document_whole(make_task):
     texts = [render(m) for m in documents([make_task()], seed=1)] * 50
+    usual = len(texts)
+    texts += [f"<|user|>{'long ' * n}<|end|>" for n in (1, 9, 5000)]
     tokenizer = train_tokenizer(iter(texts), 400)
-    rows = pack(tokenizer, texts, 32)
-    ids = [i for text in texts for i in tokenizer.encode(text, add_special_tokens=False).ids[:33]]
-    assert rows.shape[1] == 33
-    assert rows.flatten().tolist() == ids[: rows.size]
-    assert len(ids) - rows.size < 33
+    ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    context = 4 * max(map(len, ids[:usual]))
+    assert len(ids[-1]) > context  # and is cut
+    rows = pack(tokenizer, texts, context, seed=3)
+    assert rows.shape[1] == context + 1
+    found = []
+    for row in rows.tolist():
+        used = np.count_nonzero(row)
+        assert 0 not in row[:used]  # padding comes last
+        found.append(row[:used])
+    whole = [one[: context + 1] for one in ids]
+    assert sum(map(len, found)) == sum(map(len, whole))
+    text = ["".join(f"{token} " for token in row) for row in found]
+    assert all(any("".join(f"{token} " for token in one) in row for row in text) for one in whole)
+    assert sum(map(len, found)) > 0.8 * rows.size  # little room is lost
+    assert (pack(tokenizer, texts, context, seed=3) == rows).all()
+    assert (pack(tokenizer, texts, context, seed=4) != rows).any()
+
+
+def test_padding_weighs_nothing():
+    rows = np.array([[2, 5, 1, 3, 6, 1, 0, 0]])
+    assert weights_of(rows, 0.25).tolist() == [[0.25, 0.25, 0.25, 1, 1, 0, 0]]
+
+
+# --- Muon
+
+
+def test_a_direction_is_about_orthogonal():
+    for shape in ((24, 24), (48, 16), (16, 48)):
+        matrix = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+        values = torch.linalg.svdvals(orthogonalized(matrix))
+        assert 0.3 < values.min()
+        assert values.max() < 1.3
+        # The singular vectors are the matrix's own.
+        u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+        inner = (u.T @ orthogonalized(matrix) @ v.T).abs()
+        assert (inner - inner.diag().diag()).max() < 0.05
+
+
+def test_muon_moves_matrices_and_leaves_the_rest_to_adamw():
+    def model():
+        torch.manual_seed(0)
+        return make_model(Recipe(shape=SMALL).shape)
+
+    ids = torch.randint(0, 512, (2, 32), generator=torch.Generator().manual_seed(2))
+    settings = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True}
+    one, other = model(), model()
+    matrices, others = split(one)
+    names = {id(p): name for name, p in one.named_parameters()}
+    assert {names[id(p)] for p in others} == {n for n in names.values() if "norm" in n or "embed" in n}
+    assert len(matrices) == 7
+    muon = Muon(matrices, others, dtype=torch.float32, **settings)
+    adamw = torch.optim.AdamW(other.parameters(), **settings)
+    before = {name: p.detach().clone() for name, p in one.named_parameters()}
+    for student, optimizer in ((one, muon), (other, adamw)):
+        student(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    moved = dict(other.named_parameters())
+    for name, parameter in one.named_parameters():
+        if "norm" in name or "embed" in name:
+            assert torch.equal(parameter, moved[name])
+            assert muon.moments(parameter) == ("exp_avg", "exp_avg_sq")
+        else:
+            # A step is as long as AdamW's: about the learning rate in each number.
+            step = (parameter - before[name] * (1 - 1e-3)).square().mean().sqrt() / 1e-2
+            assert 0.1 < step < 0.3
+            assert muon.moments(parameter) == ("exp_avg",)
+    losses = [one(input_ids=ids, labels=ids).loss.item()]
+    for _ in range(20):
+        muon.zero_grad()
+        loss = one(input_ids=ids, labels=ids).loss
+        loss.backward()
+        muon.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 1
 
 
 # --- the recipe

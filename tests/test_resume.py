@@ -7,7 +7,7 @@ from driving import assert_equal_runs, finish, kill_when, published, reached
 
 from selfguide_ray.run import Run
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 SCRIPTED = """
 run: {run}

@@ -16,7 +16,7 @@ from selfguide_ray.run import Run
 from selfguide_ray.scores import Scores
 from selfguide_ray.trainset import Trainset
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 # Strict: what else was in the batch, which a death changes, is not even in the last digits of a logprob.
 REAL = """

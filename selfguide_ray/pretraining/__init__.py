@@ -6,7 +6,7 @@ other on Ray and leaves a model's folder with its card. The settings are a YAML 
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from selfguide_ray.config import Section
 
@@ -62,12 +62,17 @@ class Recipe(Section):
     """Steps of linear warm-up."""
     decay: float = Field(0.3, gt=0, le=1)
     """Last share of the steps, in which the rate falls linearly to zero. Until it begins, `tokens` may still be raised."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW (β 0.9, 0.95), or Muon for the matrices and AdamW for the rest."""
     weight_decay: float = Field(0.05, ge=0)
-    """Decoupled weight decay of AdamW (β 0.9, 0.95)."""
+    """Decoupled weight decay."""
     clip: float = Field(1.0, gt=0)
     """Largest norm of the gradient."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format of weights and activations; bfloat16 keeps float32 copies to learn."""
+    dtype: Literal["float32", "bfloat16", "mixed"] = "float32"
+    """Number format of weights and activations; bfloat16 keeps float32 copies to learn, mixed has float32 weights and
+    computes products in bfloat16."""
+    compile: bool = False
+    """Compile the model with torch.compile; on a CPU this takes a C++ compiler."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """How far DeepSpeed shards optimiser, gradients and weights over the workers."""
     workers: int = Field(1, ge=1)
@@ -78,6 +83,15 @@ class Recipe(Section):
     """GPUs of a worker."""
     checkpoint_seconds: float = Field(300, ge=0)
     """How often the state is kept, to go on from after a death."""
+
+    @model_validator(mode="after")
+    def _unsharded_muon(self) -> "Recipe":
+        if self.optimizer == "muon" and (self.zero_stage or self.dtype == "bfloat16"):
+            raise ValueError(
+                "optimizer: muon sees a matrix as a whole, and ZeRO and bfloat16 weights keep flattened parts of it; "
+                "set zero_stage=0 and dtype=mixed or float32, or optimizer=adamw"
+            )
+        return self
 
     @property
     def steps(self) -> int:

@@ -4,6 +4,7 @@ Only tasks of the default *train* split in English are read, none that shares a 
 that the package brings along as examples there is none: these are the project's own.
 """
 
+import bisect
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +21,7 @@ from selfguide_ray.task_files import read_task, task_files
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as FastTokenizer
 
-MAX_INSTRUCTION, MAX_ITEM, MAX_DOCUMENT = 900, 600, 2600  # characters; a small model has little use for passages
+MAX_INSTRUCTION, MAX_ITEM, MAX_DOCUMENT = 1000, 1000, 3000  # characters; a small model has little use for passages
 UNWANTED = {"Toxic Language Detection", "Stereotype Detection"}  # nothing that a newcomer's first run should write
 SPECIAL_TOKENS = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
@@ -124,7 +125,7 @@ def _conversations(task: Task, pool: list[Example], rng: random.Random) -> list[
         made.append([*answering_messages(instruction, turns, last.input), answer])
         if rng.random() < 0.6 and len(turns) >= 2:
             gold = [e.input for e in turns[: rng.randint(2, 4)]]
-            earlier = [e.input for e in turns[len(gold) :]][: rng.choice((0, 1, 2, 4))]
+            earlier = [e.input for e in turns[len(gold) :]][: rng.choice((0, 1, 2, 4, 8))]
             label = last.output.strip() if task.labels and rng.random() < 0.75 else None
             request = {"role": "user", "content": writing_request(instruction, gold, earlier, label)}
             made.append([request, {"role": "assistant", "content": last.input.strip()}])
@@ -170,15 +171,33 @@ def train_tokenizer(texts: Iterator[str], vocabulary: int) -> "FastTokenizer":
     return tokenizer
 
 
-def pack(tokenizer: "FastTokenizer", texts: Sequence[str], context: int) -> np.ndarray:
-    """All documents end to end, cut into rows of context + 1 tokens: uint16 [rows, context + 1]."""
-    stream: list[np.ndarray] = []
+def pack(tokenizer: "FastTokenizer", texts: Sequence[str], context: int, seed: int = 0) -> np.ndarray:
+    """Documents side by side in rows of context + 1 tokens, in random order: uint16 [rows, context + 1].
+
+    No document is cut but one that is longer than a row: its end would be learned without its instruction. Each goes, the
+    longest first, where it leaves the least room (best fit decreasing); what remains of a row is padding, token 0.
+    """
+    ids: list[np.ndarray] = []
     for start in range(0, len(texts), 1000):
         encoded = tokenizer.encode_batch(list(texts[start : start + 1000]), add_special_tokens=False)
-        stream += [np.asarray(e.ids[: context + 1], dtype=np.uint16) for e in encoded]
-    flat = np.concatenate(stream)
-    rows = len(flat) // (context + 1)
-    return flat[: rows * (context + 1)].reshape(rows, context + 1)
+        ids += [np.asarray(e.ids[: context + 1], dtype=np.uint16) for e in encoded]
+    rows: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (tokens left, row), sorted
+    for document in sorted(range(len(ids)), key=lambda i: -len(ids[i])):
+        size = len(ids[document])
+        at = bisect.bisect_left(rooms, (size, 0))
+        if at == len(rooms):
+            left, row = context + 1, len(rows)
+            rows.append([])
+        else:
+            left, row = rooms.pop(at)
+        rows[row].append(document)
+        bisect.insort(rooms, (left - size, row))
+    made = np.zeros((len(rows), context + 1), dtype=np.uint16)
+    for place, row in enumerate(random.Random(row_seed(seed, "pack")).sample(rows, len(rows))):
+        flat = np.concatenate([ids[document] for document in row])
+        made[place, : len(flat)] = flat
+    return made
 
 
 def written(rows: np.ndarray) -> np.ndarray:

@@ -8,19 +8,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 from selfguide_ray.config import Models
 from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.models import Unfinished
 from selfguide_ray.pretraining import Recipe, Shape
-from selfguide_ray.pretraining.corpus import written
+from selfguide_ray.pretraining.corpus import SPECIAL_TOKENS, written
+from selfguide_ray.pretraining.muon import Muon, split
 from selfguide_ray.run import Run
 from selfguide_ray.schema import row_seed
 from selfguide_ray.tuning.base import diverged, over_ranks, training_device
 from selfguide_ray.tuning.sharded_state import ShardedState
-from selfguide_ray.tuning.zero import Zero, gathered, is_partitioned
+from selfguide_ray.tuning.zero import Zero, gathered, is_partitioned, keep_memory
 
 WORK = "work"
 ROWS, HELD_OUT = f"{WORK}/rows.npy", 64  # the last rows are never learned
@@ -47,9 +48,50 @@ def make_model(shape: Shape) -> torch.nn.Module:
     )
 
 
+class Losses(torch.nn.Module):
+    """The model with what training asks of it: rows of ids [rows, tokens] in, the loss of each next token out, in nats."""
+
+    def __init__(self, student: torch.nn.Module, recipe: Recipe) -> None:
+        super().__init__()
+        self.student, self.mixed = student, recipe.dtype == "mixed"
+        if recipe.compile:
+            # Compiled queries are views; on a CPU torch's attention is a third slower with them than with a copy.
+            AttentionInterface.register("dense", dense_attention)
+            student.set_attn_implementation("dense")
+            self.compile()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy, float32 [rows, tokens - 1]."""
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.mixed):
+            logits = self.student(input_ids=ids[:, :-1], use_cache=False).logits
+        each = cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+        return each.view(len(ids), -1)
+
+
+def dense_attention(
+    module: torch.nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: None, scaling: float, **_: Any
+) -> tuple[torch.Tensor, None]:
+    """Causal attention over contiguous copies: q, k and v are [rows, heads, tokens, size]."""
+    k, v = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (k, v))
+    out = scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous(), is_causal=True, scale=scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def optimizer_of(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The optimiser that the recipe asks for, over all of the model."""
+    settings: dict[str, Any] = {
+        "lr": recipe.learning_rate, "betas": (0.9, 0.95), "weight_decay": recipe.weight_decay, "fused": True
+    }  # fmt: skip
+    if recipe.optimizer == "muon":
+        dtype = torch.float32 if recipe.dtype == "float32" else torch.bfloat16
+        return Muon(*split(model), dtype=dtype, **settings)
+    return torch.optim.AdamW(model.parameters(), **settings)
+
+
 def learn(recipe: Recipe, rank: int, world: int) -> None:
     """Train, and leave the weights in the run; all `world` workers call it together."""
     torch.set_num_threads(max(1, int(recipe.cpus_per_worker)))
+    keep_memory()
     torch.set_flush_denormal(True)  # second moments get there, and a CPU is slow with them
     Learning(recipe, rank, world).run()
 
@@ -72,10 +114,11 @@ class Learning:
             clip=recipe.clip,
             zero_stage=recipe.zero_stage,
         )
-        self.device, dtype = training_device(), getattr(torch, recipe.dtype)
+        self.device = training_device()
+        dtype = torch.bfloat16 if recipe.dtype == "bfloat16" else torch.float32
         torch.manual_seed(recipe.seed)
-        model = make_model(recipe.shape).to(self.device, dtype)
-        self.engine, self.optimizer = Zero(settings, dtype, world).start(model, betas=(0.9, 0.95))
+        model = Losses(make_model(recipe.shape), recipe).to(self.device, dtype)
+        self.engine, self.optimizer = Zero(settings, dtype, world).start(model, optimizer_of(model, recipe))
         self.state = ShardedState(
             self.engine, self.optimizer, Unfinished(self.storage, "student"), "student", rank, world
         )
@@ -152,9 +195,7 @@ class Learning:
     def _loss(self, rows: np.ndarray, weights: np.ndarray) -> torch.Tensor:
         """Cross-entropy in nats, summed with the weights."""
         ids = torch.from_numpy(rows.astype(np.int64)).to(self.device)
-        logits = self.engine(input_ids=ids[:, :-1], use_cache=False).logits
-        each = cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
-        return (each * torch.from_numpy(weights).flatten().to(self.device)).sum()
+        return (self.engine(ids) * torch.from_numpy(weights).to(self.device)).sum()
 
     @torch.no_grad()
     def _validate(self) -> float:
@@ -189,7 +230,7 @@ class Learning:
         """The weights in bfloat16, and what is told of them."""
         validation = self._validate()
         weights: dict[str, torch.Tensor] = {}
-        for name, parameter in self.engine.module.named_parameters():
+        for name, parameter in self.engine.module.student.named_parameters():
             with gathered(parameter):
                 if self.rank == 0:
                     weights[name] = parameter.detach().to("cpu", torch.bfloat16, copy=is_partitioned(parameter))
@@ -212,5 +253,6 @@ class Learning:
 
 
 def weights_of(rows: np.ndarray, user_weight: float) -> np.ndarray:
-    """What each predicted token weighs: float32 [rows, context]; 1 where the student writes."""
-    return np.maximum(written(rows)[:, 1:], np.float32(user_weight))
+    """What each predicted token weighs: float32 [rows, context]; 1 where the student writes, 0 where padding begins."""
+    weights = np.maximum(written(rows), np.float32(user_weight))
+    return (weights * (rows != SPECIAL_TOKENS.index("<|pad|>")))[:, 1:]

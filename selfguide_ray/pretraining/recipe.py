@@ -94,7 +94,7 @@ def prepare(run: Run, recipe: Recipe) -> None:
     tokenizer = corpus.train_tokenizer(
         (text for text in texts[:: max(1, len(texts) // 50_000)]), recipe.shape.vocabulary
     )
-    rows = corpus.pack(tokenizer, texts, recipe.shape.context)
+    rows = corpus.pack(tokenizer, texts, recipe.shape.context, recipe.seed)
     if len(rows) <= HELD_OUT:
         raise SelfGuideError(
             f"source: {recipe.source} makes {len(rows)} rows of {recipe.shape.context} tokens.",
@@ -106,7 +106,7 @@ def prepare(run: Run, recipe: Recipe) -> None:
         "tasks": [task.name for task in learned],
         "development": sorted(development),
         "documents": len(texts),
-        "tokens": int(rows.size),
+        "tokens": int(np.count_nonzero(rows)),
     }
     run.put(MANIFEST, json.dumps(manifest, indent=0).encode())
     run.put(TOKENIZER, tokenizer.to_str().encode())

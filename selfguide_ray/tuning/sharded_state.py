@@ -76,7 +76,7 @@ class ShardedState:
         ends = {members[-1]: name for name, members in self._files(self.world) if members[0] % self.world == self.rank}
         mine: dict[str, torch.Tensor] = {}
         for i, parameter in enumerate(self.parameters):
-            for part in parts:
+            for part in self._of(parameter, parts):
                 value = self._whole(parameter, part)
                 if i % self.world == self.rank:
                     mine[f"{part}/{self.names[i]}"] = value.detach().cpu().contiguous()
@@ -94,7 +94,7 @@ class ShardedState:
             tensors = load(data)
             del data
             for i in members:
-                for part in parts:
+                for part in self._of(self.parameters[i], parts):
                     self._set(self.parameters[i], part, tensors.pop(f"{part}/{self.names[i]}"))
 
     def forget(self, folder: str) -> None:
@@ -118,6 +118,11 @@ class ShardedState:
                 yield f"{rank}-of-{world}-{number}.safetensors", members
 
     # --- one parameter of it
+
+    def _of(self, parameter: torch.nn.Parameter, parts: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of the parts that a parameter has: not every optimiser keeps both moments of all."""
+        state = self.optimizer.state.get(parameter)
+        return parts if not state else tuple(part for part in parts if part == WEIGHT or part in state)
 
     def _held(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         """What this rank has of a weight; where the ranks do not divide it, the last ones' pieces end in no numbers."""
@@ -169,7 +174,10 @@ class ShardedState:
             # torch's fused AdamW counts on the parameter's device.
             self.optimizer.state[parameter] = {
                 "step": torch.tensor(applied, dtype=torch.float32, device=parameter.device),
-                **{name: torch.zeros_like(parameter, memory_format=torch.preserve_format) for name in MOMENTS},
+                **{
+                    name: torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                    for name in getattr(self.optimizer, "moments", lambda _: MOMENTS)(parameter)
+                },
             }
         link = getattr(outer, "_lazy_init_hp_params_optimizer_state", None)
         if link is not None:
