@@ -278,16 +278,22 @@ class Models(Section):
         return self.keep in ("best", "last") or (self.keep == "adapter" and self.method == "lora")
 
 
-SystemName = Literal["copy", "majority", "zero_shot", "few_shot", "selfguide"]
+SystemName = Literal["copy", "majority", "zero_shot", "few_shot", "few_shot_tuned", "selfguide"]
+TUNED: tuple[SystemName, ...] = ("few_shot_tuned", "selfguide")  # those that learn, each from pairs of its own
 
 
 class Predictions(Section):
     """Which systems answer the held-out instances."""
 
     systems: tuple[SystemName, ...] = Field(("copy", "majority", "zero_shot", "few_shot", "selfguide"), min_length=1)
-    """The systems, floors first."""
+    """The systems, floors first; few_shot_tuned learns from the examples alone."""
     labels: LabelMode = "free"
     """Classification: answer with any text (the reference), within the labels, or the label that scores best."""
+
+    @property
+    def tuned(self) -> tuple[SystemName, ...]:
+        """Those of the systems that are fine-tuned."""
+        return tuple(system for system in TUNED if system in self.systems)
 
 
 class Scores(Section):

@@ -20,7 +20,7 @@ from selfguide_ray.inputs import Inputs
 from selfguide_ray.outputs import Outputs
 from selfguide_ray.predictions import Predictions
 from selfguide_ray.report import headline, write_report
-from selfguide_ray.run import Run
+from selfguide_ray.run import Run, model_of
 from selfguide_ray.scores import Scores
 from selfguide_ray.status import left_behind
 from selfguide_ray.tasks import plan as plan_tasks
@@ -72,7 +72,7 @@ def synthesize(job: Job) -> None:
 
 def train(job: Job, shards: Sequence[str] | None = None) -> None:
     """The same student is fine-tuned on each task's pairs; on all shards, or some."""
-    due = models.untrained(job.run, shards)
+    due = models.untrained(job.run, job.config, shards)
     if not due:
         return
     done = len(job.run.trained())
@@ -99,15 +99,13 @@ def evaluate(job: Job, shards: Sequence[str] | None = None) -> None:
     trained = set(job.run.trained())
 
     def ready(shard: str) -> bool:
-        """Without the tuned model of each task, selfguide would be missing from a finished shard for good."""
-        if shards is not None and shard not in shards:
-            return False
-        return "selfguide" not in job.config.predictions.systems or set(_tasks(job, shard)) <= trained
+        """Without all models of its tasks, a tuned system would be missing from a finished shard for good."""
+        return (shards is None or shard in shards) and set(_models(job, shard)) <= trained
 
     _stages(job, [Predictions, Scores], ready)
     if not job.config.models.weights_stay:
         for shard in job.run.shards("predictions"):
-            models.discard(job.run, _tasks(job, shard))
+            models.discard(job.run, _models(job, shard))
 
 
 def train_and_evaluate(job: Job) -> None:
@@ -132,6 +130,12 @@ def train_and_evaluate(job: Job) -> None:
 
 def _tasks(job: Job, shard: str) -> list[str]:
     return job.run.read("tasks", shard, ["task"])["task"].to_pylist()
+
+
+def _models(job: Job, shard: str) -> list[str]:
+    """The models that the predictions of a shard want."""
+    systems = job.config.predictions.tuned
+    return [model_of(task, system) for task in _tasks(job, shard) for system in systems]
 
 
 def report(job: Job) -> None:

@@ -1,6 +1,7 @@
 """The table whose unit is the task: which tasks want a model, which are trained together, and how a model is published.
 
-A task is done when its `model.json` is there; it is written last, with the folder's name (design, invariant 4).
+A task is done when its `model.json` is there; it is written last, with the folder's name (design, invariant 4). Where
+baselines are tuned too, a task has a model for each of these systems; to training they are tasks like any other.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from selfguide_ray import student
 from selfguide_ray.config import Config
 from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.failures import caught, clear, note
-from selfguide_ray.run import Run, digest
+from selfguide_ray.run import Run, digest, model_of, pairs_of
 from selfguide_ray.tuning import Lesson, Told, make_tuner, packs_tasks
 
 MODEL = "model.json"
@@ -48,26 +49,28 @@ class Work(NamedTuple):
     pairs: int
 
 
-def learnable(run: Run, shards: Collection[str] | None = None) -> dict[str, Work]:
-    """All tasks of the shards of `trainset` that are there, or of some of them."""
+def learnable(run: Run, config: Config, shards: Collection[str] | None = None) -> dict[str, Work]:
+    """All models that the systems want, of the shards of `trainset` that are there, or of some of them."""
     found: dict[str, Work] = {}
     for shard in run.shards("trainset"):
         if shards is not None and shard not in shards:
             continue
         names = run.read("tasks", shard, ["task"])["task"].to_pylist()
-        rows = run.read("trainset", shard, ["task", "tokens", "drop_reason"])
-        alive = rows.filter(pc.is_null(rows["drop_reason"])).group_by("task")
-        sums = {row["task"]: row for row in alive.aggregate([("tokens", "sum"), ("tokens", "count")]).to_pylist()}
-        for name in names:
-            row = sums.get(name, {"tokens_sum": 0, "tokens_count": 0})
-            found[name] = Work(shard, row["tokens_sum"], row["tokens_count"])
+        rows = run.read("trainset", shard, ["task", "system", "tokens", "drop_reason"])
+        alive = rows.filter(pc.is_null(rows["drop_reason"])).group_by(["task", "system"])
+        sums = alive.aggregate([("tokens", "sum"), ("tokens", "count")]).to_pylist()
+        costs = {model_of(row["task"], row["system"]): (row["tokens_sum"], row["tokens_count"]) for row in sums}
+        for system in config.predictions.tuned or ("selfguide",):
+            for name in names:
+                model = model_of(name, system)
+                found[model] = Work(shard, *costs.get(model, (0, 0)))
     return found
 
 
-def untrained(run: Run, shards: Collection[str] | None = None) -> dict[str, Work]:
-    """Those of `learnable` without a model."""
+def untrained(run: Run, config: Config, shards: Collection[str] | None = None) -> dict[str, Work]:
+    """Those of `learnable` that are not there."""
     done = set(run.trained())
-    return {task: work for task, work in learnable(run, shards).items() if task not in done}
+    return {model: work for model, work in learnable(run, config, shards).items() if model not in done}
 
 
 def packs(run: Run, config: Config, shards: Collection[str] | None = None) -> list[Pack]:
@@ -78,7 +81,7 @@ def packs(run: Run, config: Config, shards: Collection[str] | None = None) -> li
     that fills it alone gains nothing from company.
     """
     most = config.cluster.tasks_per_batch if packs_tasks(config) else 1
-    works = [(task, work) for task, work in learnable(run, shards).items() if work.pairs]
+    works = [(task, work) for task, work in learnable(run, config, shards).items() if work.pairs]
     made: list[list[tuple[str, Work]]] = []
     load = 0.0
     for task, work in sorted(works, key=lambda one: (-one[1].tokens, one[0])):
@@ -159,7 +162,9 @@ def _lessons(run: Run, pack: Pack, scratch: Path | None, done: set[str]) -> list
     lessons = []
     for task, shard in pack.tasks:
         rows = run.read("trainset", shard)
-        mine = rows.filter(pc.and_(pc.equal(rows["task"], task), pc.is_null(rows["drop_reason"])))
+        name, system = pairs_of(task)
+        mine = rows.filter(pc.and_(pc.equal(rows["task"], name), pc.equal(rows["system"], system)))
+        mine = mine.filter(pc.is_null(mine["drop_reason"]))
         folder = None
         if scratch is not None and task not in done:
             folder = scratch / task

@@ -11,7 +11,7 @@ from selfguide_ray.config import Config
 from selfguide_ray.engine import Engine, Request, SamplingParams, share_prefix
 from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.prompts import Prompt, Prompts, held_to_labels
-from selfguide_ray.run import Run
+from selfguide_ray.run import Run, model_of
 from selfguide_ray.schema import TABLES, Instance, Task, tasks_of
 from selfguide_ray.student import facts
 
@@ -23,6 +23,7 @@ WITHOUT_MODEL = {
 EXAMPLES: dict[str, Callable[[Task], int]] = {
     "zero_shot": lambda task: 0,
     "few_shot": lambda task: len(task.examples),
+    "few_shot_tuned": lambda task: len(task.examples),
     "selfguide": lambda task: len(task.examples),  # the paper's tuned model keeps its demonstrations (spec §2)
 }
 SYSTEMS = (*WITHOUT_MODEL, *EXAMPLES)
@@ -53,12 +54,12 @@ class Predictions:
         requests: list[Request] = []
         with contextlib.ExitStack() as stack:
             for task in tasks_of(tasks):
-                adapter = self._adapter(task, stack) if "selfguide" in self.config.predictions.systems else None
+                adapters = {name: self._adapter(task, name, stack) for name in self.config.predictions.tuned}
                 for system in self.config.predictions.systems:
                     mine = [_row(task, instance, system) for instance in task.instances]
                     rows += mine
                     if system in EXAMPLES:
-                        answered, wanted = self._ask(task, mine, system, adapter if system == "selfguide" else None)
+                        answered, wanted = self._ask(task, mine, system, adapters.get(system))
                         asked += answered
                         requests += wanted
                     else:
@@ -81,26 +82,27 @@ class Predictions:
         params = held_to_labels(self.params, task, self.config.predictions.labels, self.prompts)
         return [row for row, _ in asked], [Request(a, b, params, adapter=adapter) for a, b in split]
 
-    def _adapter(self, task: Task, stack: contextlib.ExitStack) -> str | None:
+    def _adapter(self, task: Task, system: str, stack: contextlib.ExitStack) -> str | None:
         """The tuned model's folder. A task that had nothing to learn from keeps the student as it is."""
-        told = self.run.get_json(f"models/{task.name}/model.json")
+        folder = f"models/{model_of(task.name, system)}"
+        told = self.run.get_json(f"{folder}/model.json")
         if told is None:
-            raise FileNotFoundError(f"models/{task.name}/model.json: the task has not been trained")
+            raise FileNotFoundError(f"{folder}/model.json: the task has not been trained")
         if not told["trained"]:
             return None
         if told.get("weights") == "removed":
             raise SelfGuideError(
-                f"models/{task.name}: its weights have been removed.",
+                f"{folder}: its weights have been removed.",
                 f"models.keep={told['settings']['keep']} lets them go once predictions are made.",
-                f"Delete the folder models/{task.name}, and the task is trained again.",
+                f"Delete the folder {folder}, and the task is trained again.",
             )
         if (base := told.get("student")) != self.student:
             raise SelfGuideError(
-                f"models/{task.name}: its weights belong to {base}.",
+                f"{folder}: its weights belong to {base}.",
                 f"The student is {self.student}; on another base an adapter answers nonsense.",
                 "Set student.model to the model it was trained on, or train it again in another run=DIR.",
             )
-        return str(stack.enter_context(self.run.local_copy(f"models/{task.name}")))
+        return str(stack.enter_context(self.run.local_copy(folder)))
 
 
 def _row(task: Task, instance: Instance, system: str) -> dict[str, Any]:

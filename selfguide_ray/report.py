@@ -130,7 +130,7 @@ def drops(run: Run, plan: Plan, table: str) -> dict[str, Reasons]:
     # One whose shard was made has an entry even without a row: it starved.
     found: dict[str, Reasons] = {task.name: Counter() for shard in run.shards(table) for task in plan.get(shard, ())}
     for shard in run.shards(table):
-        for (task, reason), count in tally(run.read(table, shard, ["task", "drop_reason"])):
+        for (task, reason), count in tally(_rows(run, table, shard, ["task", "drop_reason"])):
             found.setdefault(task, Counter())[reason] += count
     return found
 
@@ -139,7 +139,7 @@ def elections(run: Run, plan: Plan) -> tuple[Counter[str], set[tuple[str, str]]]
     """How many answers were elected in each task, and the (task, label) that the training pairs teach."""
     elected, learned = Counter(), set()
     for shard in run.shards("trainset"):
-        rows = run.read("trainset", shard, ["task", "output", "drop_reason"])
+        rows = _rows(run, "trainset", shard, ["task", "output", "drop_reason"])
         elected.update(rows.filter(pc.is_valid(rows["output"]))["task"].to_pylist())
         labelled = pa.array([task.name for task in plan.get(shard, ()) if task.labels], pa.string())
         alive = rows.filter(pc.and_(pc.is_null(rows["drop_reason"]), pc.is_in(rows["task"], labelled)))
@@ -271,8 +271,13 @@ def spread(items: Sequence[T], count: int) -> list[T]:
 
 
 def _rows(run: Run, table: str, shard: str, columns: list[str]) -> pa.Table:
-    there = run.exists(f"{table}/{shard}.parquet")
-    return run.read(table, shard, columns) if there else TABLES[table].empty_table().select(columns)
+    """Some columns of a shard, no row if it is not there; of `trainset` what selfguide learns."""
+    if not run.exists(f"{table}/{shard}.parquet"):
+        return TABLES[table].empty_table().select(columns)
+    if table != "trainset":
+        return run.read(table, shard, columns)
+    rows = run.read(table, shard, [*columns, "system"])
+    return rows.filter(pc.equal(rows["system"], TUNED)).select(columns)
 
 
 def _of(task: Task, rows: pa.Table) -> list[dict[str, Any]]:

@@ -45,6 +45,17 @@ SPEAKS = ("inputs", "outputs", "trainset", "models", "predictions")  # tables th
 RESULT_FREE = {"student": {"batch_rows", "kv_memory_gib", "max_adapters"}, "tasks": {"strict"}}
 
 
+def model_of(task: str, system: str) -> str:
+    """The folder of a task's model in a system: `task`, or `task@system` for a baseline."""
+    return task if system == "selfguide" else f"{task}@{system}"
+
+
+def pairs_of(model: str) -> tuple[str, str]:
+    """(task, system) whose training pairs a model learns."""
+    task, _, system = model.partition("@")  # no task's name holds one
+    return task, system or "selfguide"
+
+
 class Run:
     """One run's folder, local or remote, through `pyarrow.fs`."""
 

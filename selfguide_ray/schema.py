@@ -121,6 +121,7 @@ TABLES: dict[str, pa.Schema] = {
     "trainset": pa.schema(
         [
             ("task", pa.string()),
+            ("system", pa.string()),  # whose training pair it is: selfguide's, or a tuned baseline's
             ("id", pa.string()),
             ("label", pa.string()),
             ("input", pa.string()),

@@ -2,9 +2,10 @@
 
 from typing import Any
 
+from selfguide_ray.config import TUNED
 from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.failures import failures
-from selfguide_ray.run import PLAN, READS, Run
+from selfguide_ray.run import PLAN, READS, SETTINGS, Run
 
 FIGURES = ("rows", "kept", "seconds", "generated_tokens")
 
@@ -39,10 +40,12 @@ def left_behind(run: Run) -> list[str]:
 
 
 def _models(run: Run, shards: list[str]) -> dict[str, Any]:
-    told = [run.get_json(f"models/{task}/model.json") for task in run.trained()]
+    told = [run.get_json(f"models/{model}/model.json") for model in run.trained()]
+    systems = (run.get_json(f"predictions/{SETTINGS}") or {"predictions": {"systems": []}})["predictions"]["systems"]
+    each = max(1, len([system for system in systems if system in TUNED]))  # models of a task
     return {
         "done": len(told),
-        "of": sum(run.receipt("tasks", shard)["kept"] for shard in shards),
+        "of": each * sum(run.receipt("tasks", shard)["kept"] for shard in shards),
         "rows": sum(model["pairs"] for model in told),
         "kept": sum(model["pairs"] for model in told if model["trained"]),
         "seconds": sum(model.get("seconds", 0.0) for model in told),

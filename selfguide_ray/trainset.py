@@ -5,6 +5,7 @@ All thresholds on answers live in this section, so changing one makes this table
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ from selfguide_ray.engine import Engine
 from selfguide_ray.filters import Rules, Verdict, find_label, judge, length_bounds, noise_pattern
 from selfguide_ray.prompts import Prompts
 from selfguide_ray.run import Run
-from selfguide_ray.schema import TABLES, TASK_COLUMNS, Task, row_seed, tasks_of
+from selfguide_ray.schema import TABLES, TASK_COLUMNS, Example, Task, row_seed, tasks_of
 
 
 class Trainset:
@@ -31,14 +32,15 @@ class Trainset:
         self.longest = min(config.trainset.max_tokens, engine.context)
 
     def __call__(self, tasks: pa.Table, outputs: pa.Table) -> pa.Table:
-        """The rows of `trainset` for a shard: one for each row of `outputs`."""
+        """The rows of `trainset` for a shard: one for each row of `outputs`, and one for each example of a task."""
         rows = []
         answered = outputs.to_pylist()
         for task in tasks_of(tasks):
             mine = [self._pair(task, row) for row in answered if row["task"] == task.name]
             if task.labels and self.config.trainset.balance:
                 balance(mine, row_seed(self.config.seed, task.name, "balance"))
-            rows += mine
+            rows += [row | {"system": "selfguide"} for row in mine]
+            rows += [self._example(task, index) | {"system": "few_shot_tuned"} for index in range(len(task.examples))]
         return pa.Table.from_pylist(rows, schema=TABLES["trainset"])
 
     def _pair(self, task: Task, row: dict[str, Any]) -> dict[str, Any]:
@@ -48,13 +50,23 @@ class Trainset:
             return pair
         output, election = elect(task, row["candidates"], self.config.trainset)
         pair.update(election)
-        if output is None:
-            return pair
-        prompt = self.prompts.answering(task, row["input"])
+        return pair if output is None else self._rendered(pair, task, output, task.examples)
+
+    def _example(self, task: Task, index: int) -> dict[str, Any]:
+        """One of the task's examples as a pair; its prompt shows the others, so that the answer is not in it."""
+        example = task.examples[index]
+        pair = {"task": task.name, "id": f"example{index}", "input": example.input.strip()}
+        return self._rendered(pair, task, example.output.strip(), task.examples[:index] + task.examples[index + 1 :])
+
+    def _rendered(self, pair: dict[str, Any], task: Task, output: str, shown: Sequence[Example]) -> dict[str, Any]:
+        """The pair with its prompt and completion, and its verdict if they are too long."""
+        prompt = self.prompts.answering(task, pair["input"], shown)
         completion = self.prompts.completion(output)
         tokens = len(prompt.ids) + len(self.prompts.tokenizer.encode(completion))
         pair.update(output=output, prompt=prompt.text, completion=completion, tokens=tokens)
-        if tokens > self.longest:
+        if prompt.too_long:
+            pair.update(asdict(Verdict("too_long", float(len(prompt.ids)), f"{self.prompts.max_tokens} tokens")))
+        elif tokens > self.longest:
             pair.update(asdict(Verdict("too_long", float(tokens), f"{self.longest} tokens")))
         return pair
 

@@ -61,7 +61,14 @@ def plan(folder, student, tasks, *overrides):
     for task in tasks:
         for i in range(TASKS[task.name]):
             text, answer = f"{task.name} {i} {'x ' * (i % 3)}", f"a {'long ' * (i % 2)}{i}"
-            row = {"task": task.name, "id": f"{task.name}{i}", "input": text, "output": answer, "tokens": 90}
+            row = {
+                "task": task.name,
+                "system": "selfguide",
+                "id": f"{task.name}{i}",
+                "input": text,
+                "output": answer,
+                "tokens": 90,
+            }
             rows.append(row | {"prompt": prompts.answering(task, text).text, "completion": prompts.completion(answer)})
     run.write("tasks", "00000", task_rows(tasks), {})
     run.write("trainset", "00000", TABLES["trainset"].empty_table().from_pylist(rows, TABLES["trainset"]), {})

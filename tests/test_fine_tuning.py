@@ -36,9 +36,18 @@ def planned(tmp_path, make_task):
         prompts = Prompts(StudentTokenizer(config.student), 500)
         rows = []
         for i, (text, answer) in enumerate([("red", "warm"), ("blue", "cold"), ("orange", "warm")] * 2):
-            row = {"task": "colours", "id": f"r{i}", "input": text, "output": answer, "tokens": 90}
+            row = {
+                "task": "colours",
+                "system": "selfguide",
+                "id": f"r{i}",
+                "input": text,
+                "output": answer,
+                "tokens": 90,
+            }
             rows.append(row | {"prompt": prompts.answering(task, text).text, "completion": prompts.completion(answer)})
-        rows.append({"task": "colours", "id": "dropped", "drop_reason": "imbalanced", "tokens": 9000})
+        rows.append(
+            {"task": "colours", "system": "selfguide", "id": "dropped", "drop_reason": "imbalanced", "tokens": 9000}
+        )
         run.write("tasks", "00000", task_rows([task, starved]), {})
         run.write("trainset", "00000", TABLES["trainset"].empty_table().from_pylist(rows, TABLES["trainset"]), {})
         return config, run, [prompts.answering(task, text).ids for text in ("red", "blue")]
@@ -153,4 +162,4 @@ def test_finished_tasks_are_skipped_and_a_success_forgets_the_failure(one_proces
     before = json.dumps(run.get_json("models/colours/model.json"))
     learn(config, [Pack((("colours", "00000"),), 1)])
     assert json.dumps(run.get_json("models/colours/model.json")) == before
-    assert untrained(run) == {"starved": ("00000", 0, 0)}
+    assert untrained(run, config) == {"starved": ("00000", 0, 0)}

@@ -51,7 +51,14 @@ def prepared(folder):
         for task in tasks_of(job.run.read("tasks", shard)):
             for i in range(PAIRS):
                 text, answer = f"thing {i} of {task.name[:12]}", f"kind {i % 5}"
-                row = {"task": task.name, "id": f"{task.name}{i}", "input": text, "output": answer, "tokens": 90}
+                row = {
+                    "task": task.name,
+                    "system": "selfguide",
+                    "id": f"{task.name}{i}",
+                    "input": text,
+                    "output": answer,
+                    "tokens": 90,
+                }
                 shown = prompts.answering(task, text, task.examples[:1])
                 rows.append(row | {"prompt": shown.text, "completion": prompts.completion(answer)})
         for table in ("inputs", "outputs"):

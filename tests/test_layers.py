@@ -24,7 +24,10 @@ LAYERS = [
     ("tools", ["engine", *(f"engine.{name}" for name in ENGINE), "prompts", "filters", "metrics"]),
     ("under the tables", ["tuning", *(f"tuning.{name}" for name in TUNING), "charts", "standings"]),
     ("tables, apart", ["tasks", "inputs", "outputs", "trainset", "models", "predictions", "scores", "report"]),
-    ("students", ["pretraining", "pretraining.made_up", "pretraining.corpus", "pretraining.learning"]),
+    (
+        "students",
+        ["pretraining", "pretraining.made_up", "pretraining.corpus", "pretraining.muon", "pretraining.learning"],
+    ),
     ("ray", ["executor", "trainer", "progress"]),
     ("top", ["method", "cli", "pretraining.recipe", "pretraining.command"]),
 ]

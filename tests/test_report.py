@@ -43,7 +43,14 @@ def input_row(task, number, text="some input", reason=None):
 
 
 def pair_row(task, number, text, output, reason=None, verdicts=(None, "noise")):
-    given = {"task": task, "id": f"r{number}", "input": text, "output": output, "drop_reason": reason}
+    given = {
+        "task": task,
+        "system": "selfguide",
+        "id": f"r{number}",
+        "input": text,
+        "output": output,
+        "drop_reason": reason,
+    }
     return given | {"votes": 3, "voters": 4, "verdicts": list(verdicts), "prompt": "p", "completion": "c", "tokens": 2}
 
 

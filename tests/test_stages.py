@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 import pytest
 from recording import RecordingEngine
 
+from selfguide_ray.config import Config
 from selfguide_ray.config_file import load
 from selfguide_ray.embedded import resolve
 from selfguide_ray.engine.scripted import MEMORY
@@ -16,7 +17,7 @@ from selfguide_ray.inputs import Inputs
 from selfguide_ray.metrics import exact_match, macro_f1, rouge_l
 from selfguide_ray.models import learn, packs, publish_untrained, untrained
 from selfguide_ray.outputs import Outputs
-from selfguide_ray.predictions import SYSTEMS, Predictions, majority
+from selfguide_ray.predictions import Predictions, majority
 from selfguide_ray.run import Run
 from selfguide_ray.schema import TABLES, Instance, task_rows
 from selfguide_ray.scores import Scores
@@ -24,6 +25,7 @@ from selfguide_ray.task_files import read_task, task_files
 from selfguide_ray.trainset import Trainset
 
 SHARD = "00000"
+SYSTEMS = Config().predictions.systems
 ROUNDS, PROMPTS = 6, 5
 
 
@@ -47,7 +49,7 @@ def work(stage, config, run, engine):
 
 def train(config, run, without=()):
     """Models for all tasks; those `without` one of their own, and those with nothing to learn from, say so."""
-    for task, work in untrained(run).items():
+    for task, work in untrained(run, config).items():
         if task in without or not work.pairs:
             publish_untrained(run, task)
     learn(config, packs(run, config))
@@ -69,6 +71,11 @@ def go(folder, tasks, *more, engine=None, without=()):
 def rows_of(run, table, task=None):
     rows = run.read(table, SHARD).to_pylist()
     return [row for row in rows if task in (None, row["task"])]
+
+
+def pairs_of(run, task=None):
+    """What selfguide learns from."""
+    return [row for row in rows_of(run, "trainset", task) if row["system"] == "selfguide"]
 
 
 def tables(run, task):
@@ -122,13 +129,13 @@ def test_accepted_inputs_outputs_and_pairs_are_the_same_rows(whole):
     accepted = [
         (row["task"], row["id"], row["input"]) for row in rows_of(whole, "inputs") if row["drop_reason"] is None
     ]
-    for table in ("outputs", "trainset"):
-        assert [(row["task"], row["id"], row["input"]) for row in rows_of(whole, table)] == accepted
+    for rows in (rows_of(whole, "outputs"), pairs_of(whole)):
+        assert [(row["task"], row["id"], row["input"]) for row in rows] == accepted
     assert {len(row["candidates"]) for row in rows_of(whole, "outputs")} == {6}
 
 
 def test_each_pair_is_alive_or_has_its_reason(whole, examples):
-    rows = rows_of(whole, "trainset")
+    rows = pairs_of(whole)
     assert {row["drop_reason"] for row in rows} == {None, "imbalanced", "no_majority"}
     for row in rows:
         assert (row["output"] is None) == (row["prompt"] is None) == (row["completion"] is None)
@@ -137,7 +144,7 @@ def test_each_pair_is_alive_or_has_its_reason(whole, examples):
         assert row["verdicts"].count("not_kept") == 1
         assert row["verdicts"].count(None) == row["voters"] >= row["votes"]
     for task in examples:
-        alive = Counter(row["output"] for row in rows_of(whole, "trainset", task.name) if row["drop_reason"] is None)
+        alive = Counter(row["output"] for row in pairs_of(whole, task.name) if row["drop_reason"] is None)
         if task.labels:  # statement 17
             assert set(alive) <= set(task.labels)
             assert len(set(alive.values())) == 1
@@ -265,7 +272,7 @@ def test_no_held_out_item_of_the_examples_stands_in_a_training_prompt(whole, exa
         made = {row["input"] for row in rows_of(whole, "inputs", task.name)}
         lines = {
             line.removeprefix("USER: ITEM: ")
-            for row in rows_of(whole, "trainset", task.name)
+            for row in pairs_of(whole, task.name)
             for line in (row["prompt"] or "").split("\n")
         }
         assert held_out & (lines - made) == set()
@@ -336,10 +343,26 @@ def test_a_task_without_a_model_of_its_own_is_answered_by_the_student_itself(who
     assert answers(run, other, "selfguide") == answers(whole, other, "selfguide") != answers(whole, other, "few_shot")
 
 
+def test_a_tuned_baseline_has_models_of_its_own(examples, tmp_path):
+    run = go(tmp_path, examples[:2], "predictions.systems=[few_shot_tuned, selfguide]")
+    names = [task.name for task in examples[:2]]
+    assert run.trained() == sorted([*names, *(f"{name}@few_shot_tuned" for name in names)])
+    for task in examples[:2]:
+        learned = run.get_json(f"models/{task.name}@few_shot_tuned/{MEMORY}")
+        assert learned == {example.input: example.output for example in task.examples}
+        assert learned != run.get_json(f"models/{task.name}/{MEMORY}")
+    answers = {
+        system: [row["prediction"] for row in rows_of(run, "predictions") if row["system"] == system]
+        for system in ("few_shot_tuned", "selfguide")
+    }
+    assert len(answers["selfguide"]) == sum(len(task.instances) for task in examples[:2])
+    assert answers["few_shot_tuned"] != answers["selfguide"]
+
+
 def test_a_model_learns_the_pairs_that_are_alive_and_no_others(whole, examples):
-    assert untrained(whole) == {}
+    assert untrained(whole, Config()) == {}
     for task in examples:
-        alive = [row for row in rows_of(whole, "trainset", task.name) if row["drop_reason"] is None]
+        alive = [row for row in pairs_of(whole, task.name) if row["drop_reason"] is None]
         assert whole.get_json(f"models/{task.name}/{MEMORY}") == {row["input"]: row["output"] for row in alive}
         assert whole.get_json(f"models/{task.name}/model.json")["pairs"] == len(alive) > 0
 
@@ -377,7 +400,7 @@ def test_intervals_can_be_left_out(examples, tmp_path):
 def test_a_shard_whose_inputs_were_all_dropped_goes_on_with_empty_tables(examples, tmp_path):
     run = go(tmp_path, examples[:1], "inputs.rounds=1", "student.max_prompt_tokens=16")
     assert {row["drop_reason"] for row in rows_of(run, "inputs")} == {"too_long"}
-    assert rows_of(run, "outputs") == rows_of(run, "trainset") == []
+    assert rows_of(run, "outputs") == pairs_of(run) == []
     told = run.get_json(f"models/{examples[0].name}/model.json")
     assert (told["trained"], told["pairs"]) == (False, 0)
     assert len(rows_of(run, "predictions")) == 60

@@ -41,9 +41,10 @@ def table(*rows):
     return pa.Table.from_pylist(records, schema=TABLES["outputs"])
 
 
-def made(tasks, outputs, *settings):
+def made(tasks, outputs, *settings, system="selfguide"):
     config = load(overrides=list(settings))
-    return Trainset(config, None, ScriptedEngine(config.student))(task_rows(tasks), outputs).to_pylist()
+    rows = Trainset(config, None, ScriptedEngine(config.student))(task_rows(tasks), outputs).to_pylist()
+    return [row for row in rows if row["system"] == system]
 
 
 # --- the vote --------------------------------------------------------------------------------------------------------
@@ -282,3 +283,22 @@ def test_an_over_long_pair_is_dropped_with_its_length_and_never_cut(make_task): 
     assert (row["drop_reason"], row["measured"]) == ("too_long", float(whole["tokens"]))
     assert row["bound"] == f"{whole['tokens'] - 1} tokens"
     assert (row["prompt"], row["completion"]) == (whole["prompt"], whole["completion"])
+
+
+# --- the examples as pairs
+
+
+def test_each_example_is_a_pair_of_a_baseline_whose_prompt_does_not_hold_its_answer(make_task):
+    task = make_task("things", examples=[("red apple", "zebra"), ("blue sky", "quince"), ("green tree", "walrus")])
+    rows = made([task], table(("things", "r1", "old house", ["house"])), system="few_shot_tuned")
+    assert [(row["id"], row["output"]) for row in rows] == [
+        ("example0", "zebra"), ("example1", "quince"), ("example2", "walrus")
+    ]  # fmt: skip
+    for row in rows:
+        assert row["drop_reason"] is None
+        assert row["output"] not in row["prompt"]
+        assert row["completion"].strip().startswith(row["output"])
+        assert all(other["output"] in row["prompt"] for other in rows if other is not row)
+    # Where an example has no room, it says so.
+    dropped = made([task], table(), "trainset.max_tokens=16", system="few_shot_tuned")
+    assert {row["drop_reason"] for row in dropped} == {"too_long"}

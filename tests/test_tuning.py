@@ -39,7 +39,14 @@ def planned(tmp_path, make_task):
         for task in tasks:
             for i in range(TASKS[task.name]):
                 text, answer = f"{task.name} {i} {'x ' * (i % 3)}", f"a {'long ' * (i % 2)}{i}"
-                row = {"task": task.name, "id": f"{task.name}{i}", "input": text, "output": answer, "tokens": 90}
+                row = {
+                    "task": task.name,
+                    "system": "selfguide",
+                    "id": f"{task.name}{i}",
+                    "input": text,
+                    "output": answer,
+                    "tokens": 90,
+                }
                 rows.append(
                     row | {"prompt": prompts.answering(task, text).text, "completion": prompts.completion(answer)}
                 )

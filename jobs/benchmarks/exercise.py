@@ -55,7 +55,7 @@ class Exercise:
                 prompt, completion = prompts.answering(task, " ".join(words)), prompts.completion(words[0])
                 rows.append(
                     {
-                        "task": name, "id": f"{name}-{i}", "input": " ".join(words), "output": words[0],
+                        "task": name, "system": "selfguide", "id": f"{name}-{i}", "input": " ".join(words), "output": words[0],
                         "prompt": prompt.text, "completion": completion,
                         "tokens": len(prompt.ids) + len(tokenizer.encode(completion)),
                     }

@@ -39,9 +39,12 @@ def pretrain(arguments: Sequence[str], usage: str | None) -> int:
             if told is not None and told["step"] != last:
                 last = told["step"]
                 tokens, loss = told["curve"][-1]
+                progress.event("step", step=last, of=told["steps"], tokens=tokens, loss=loss, seconds=told["seconds"])
                 progress.say(
                     f"step {last} of {told['steps']}, {tokens / 1e6:.2f} M tokens, loss {loss}, {told['seconds']:.0f} s"
                 )
 
-    progress.say(f"the student is in {make(recipe, train)}")
+    folder = make(recipe, train)
+    progress.event("student", folder=str(folder))
+    progress.say(f"the student is in {folder}")
     return 0
