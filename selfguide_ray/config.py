@@ -212,6 +212,8 @@ class Trainset(Section):
     """The share is taken of the answers that survive their filters (the reference), or of all that may vote."""
     vote_weight: Literal["one", "probability"] = "one"
     """Every vote counts one, or its label's probability among the labels; outputs.labels: decode or score."""
+    answer: Literal["voted", "agreed", "wanted"] = "voted"
+    """Classification: the winner of the vote (the reference), only if it is the label asked for, or that label itself."""
     extract_labels: bool = True
     """Take the one label that a wordy answer names; off, an answer has to equal a label (the reference)."""
     balance: bool = True

@@ -50,7 +50,19 @@ class Trainset:
             return pair
         output, election = elect(task, row["candidates"], self.config.trainset)
         pair.update(election)
+        if task.labels and self.config.trainset.answer != "voted":
+            output = self._held_to_wanted(pair, output)
         return pair if output is None else self._rendered(pair, task, output, task.examples)
+
+    def _held_to_wanted(self, pair: dict[str, Any], output: str | None) -> str | None:
+        """The label that the input was asked for; None, with a verdict, if the vote has to agree and does not."""
+        if self.config.trainset.answer == "wanted":
+            pair.update(dict.fromkeys(("drop_reason", "measured", "bound", "neighbour")))
+            return pair["label"]
+        if output is not None and output != pair["label"]:
+            pair.update(asdict(Verdict("disagreed", None, f"the label asked for, {pair['label']}")), output=output)
+            return None
+        return output
 
     def _example(self, task: Task, index: int) -> dict[str, Any]:
         """One of the task's examples as a pair; its prompt shows the others, so that the answer is not in it."""

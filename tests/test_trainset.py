@@ -285,6 +285,34 @@ def test_an_over_long_pair_is_dropped_with_its_length_and_never_cut(make_task): 
     assert (row["prompt"], row["completion"]) == (whole["prompt"], whole["completion"])
 
 
+# --- the label that an input was asked for
+
+
+@pytest.mark.parametrize(
+    ("answer", "outputs", "reasons"),
+    [
+        ("voted", ["yes", "no", None, "no"], [None, None, "no_label", None]),
+        ("agreed", ["yes", "no", None, "no"], [None, "disagreed", "no_label", None]),
+        ("wanted", ["yes", "yes", "yes", "no"], [None] * 4),
+    ],
+)
+def test_the_wanted_label_may_have_to_agree_or_count_alone(make_task, answer, outputs, reasons):
+    task = make_task("closed", labels=("yes", "no"))
+    asked = [("yes", ["yes"] * 3), ("yes", ["no"] * 3), ("yes", ["maybe"] * 3), ("no", ["no"] * 3)]
+    answered = table(*(("closed", f"r{n}", f"item {n}", given) for n, (_, given) in enumerate(asked)))
+    labelled = answered.set_column(2, "label", pa.array([label for label, _ in asked]))
+    rows = made([task], labelled, f"trainset.answer={answer}", "trainset.balance=false")
+    assert [row["output"] for row in rows] == outputs
+    assert [row["drop_reason"] for row in rows] == reasons
+    for row in rows:
+        assert (row["prompt"] is None) == (row["drop_reason"] is not None)
+
+
+def test_a_generation_task_has_no_label_to_agree_with(make_task):
+    rows = made([make_task("open")], table(("open", "r1", "x", ["house"] * 3)), "trainset.answer=wanted")
+    assert [(row["output"], row["drop_reason"]) for row in rows] == [("house", None)]
+
+
 # --- the examples as pairs
 
 

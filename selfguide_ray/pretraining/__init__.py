@@ -44,6 +44,8 @@ class Recipe(Section):
     """Training tasks left out, to try settings of the method on: none shares a source with a task that is learned."""
     made_up: float = Field(0.15, ge=0, lt=1)
     """Share of documents of tasks that the project makes up: copy, choose, count, rearrange words."""
+    primer_tokens: int = Field(0, ge=0)
+    """Tokens to begin with, of texts that are repeated word for word: copying is learned before anything else."""
     rounds: int = Field(3, ge=1)
     """Conversations that an instance is part of, each time in other company."""
     documents: int | None = Field(None, ge=1)

@@ -5,6 +5,7 @@ that the package brings along as examples there is none: these are the project's
 """
 
 import bisect
+import itertools
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -100,6 +101,34 @@ def documents(
         found += _conversations(task, list(task.examples), rng)[:1]
     rng.shuffle(found)
     return found
+
+
+def primer(tasks: Sequence[Task], seed: int) -> Iterator[list[dict[str, str]]]:
+    """Conversations without end in which random words of the tasks are repeated, or found again by the word before.
+
+    On language alone a small student takes thousands of steps to discover copying, and until then no example helps it.
+    """
+    rng = random.Random(row_seed(seed, "primer"))
+    texts = (item.input for task in tasks for item in (*task.examples, *task.instances))
+    words = sorted({word for text in texts for word in re.findall(r"[A-Za-z]{2,12}", text)})
+    while True:
+        if rng.random() < 0.7:
+            instruction = "Write the given words again, exactly as they are."
+            turns = [
+                Example(text, text) for text in (" ".join(rng.choices(words, k=rng.randint(2, 30))) for _ in "12345")
+            ]
+        else:
+            instruction = (
+                "The text is a list of words with a word for each. Write the word that belongs to the last one."
+            )
+            turns = []
+            for _ in range(5):
+                known = dict(zip(rng.sample(words, 8), rng.sample(words, 8), strict=True))
+                asked = rng.choice(list(known))
+                turns.append(Example(" ".join(f"{a} {b}" for a, b in known.items()) + f" {asked}", known[asked]))
+        last = turns.pop()
+        answer = {"role": "assistant", "content": last.output}
+        yield [*answering_messages(instruction, turns, last.input), answer]
 
 
 def _conversations(task: Task, pool: list[Example], rng: random.Random) -> list[list[dict[str, str]]]:
@@ -198,6 +227,15 @@ def pack(tokenizer: "FastTokenizer", texts: Sequence[str], context: int, seed: i
         flat = np.concatenate([ids[document] for document in row])
         made[place, : len(flat)] = flat
     return made
+
+
+def stream(tokenizer: "FastTokenizer", texts: Iterator[str], context: int, count: int) -> np.ndarray:
+    """The first documents end to end, cut into `count` rows of context + 1 tokens: uint16 [count, context + 1]."""
+    ids: list[int] = []
+    while len(ids) < count * (context + 1):
+        encoded = tokenizer.encode_batch(list(itertools.islice(texts, 1000)), add_special_tokens=False)
+        ids += [token for one in encoded for token in one.ids]
+    return np.array(ids[: count * (context + 1)], dtype=np.uint16).reshape(count, context + 1)
 
 
 def written(rows: np.ndarray) -> np.ndarray:

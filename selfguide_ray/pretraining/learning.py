@@ -24,7 +24,7 @@ from selfguide_ray.tuning.sharded_state import ShardedState
 from selfguide_ray.tuning.zero import Zero, gathered, is_partitioned, keep_memory
 
 WORK = "work"
-ROWS, HELD_OUT = f"{WORK}/rows.npy", 64  # the last rows are never learned
+PRIMER, ROWS, HELD_OUT = f"{WORK}/primer.npy", f"{WORK}/rows.npy", 64  # of the rows, the last are never learned
 WEIGHTS, TOLD, CURVE = f"{WORK}/trained", "told.json", f"{WORK}/curve.json"
 POINT = 50  # steps of a point of the loss curve
 
@@ -102,9 +102,7 @@ class Learning:
     def __init__(self, recipe: Recipe, rank: int, world: int) -> None:
         self.recipe, self.rank, self.world = recipe, rank, world
         self.storage = Run(recipe.output)
-        data = self.storage.get(ROWS)
-        assert data is not None, f"{recipe.output}/{ROWS} is gone"
-        rows = np.load(io.BytesIO(data))
+        self.primer, rows = self._read(PRIMER), self._read(ROWS)
         self.rows, self.held_out = rows[:-HELD_OUT], rows[-HELD_OUT:]
         settings = Models(
             method="full",
@@ -136,6 +134,11 @@ class Learning:
                     "Give the former number, or another output.",
                 )
 
+    def _read(self, name: str) -> np.ndarray:
+        data = self.storage.get(name)
+        assert data is not None, f"{self.recipe.output}/{name} is gone"
+        return np.load(io.BytesIO(data))
+
     def run(self) -> None:
         """All steps from where the state ends, then the weights."""
         saved = time.monotonic()
@@ -156,7 +159,7 @@ class Learning:
     def _learn(self) -> tuple[float, float]:
         """One optimiser step; returns the loss summed over its tokens, weighted, and their weight."""
         recipe = self.recipe
-        batch = self.rows[self._members()]
+        batch = self._batch()
         weights = weights_of(batch, recipe.user_weight)
         total = float(weights.sum())
         mine = list(range(self.rank, len(batch), self.world))
@@ -178,11 +181,14 @@ class Learning:
             raise diverged("the student", f"the loss is {summed} at step {self.step + 1} of {recipe.steps}")
         return summed, total
 
-    def _members(self) -> np.ndarray:
-        """The rows of this step: every pass over the corpus in a new order."""
-        first = self.step * self.recipe.batch_rows
-        places = (divmod(place, len(self.rows)) for place in range(first, first + self.recipe.batch_rows))
-        return np.array([self._order(epoch)[at] for epoch, at in places])
+    def _batch(self) -> np.ndarray:
+        """The rows of this step: the primer's, then every pass over the corpus in a new order."""
+        first = self.step * self.recipe.batch_rows - len(self.primer)
+        places = range(first, first + self.recipe.batch_rows)
+        return np.stack([self._row(*divmod(at, len(self.rows))) if at >= 0 else self.primer[at] for at in places])
+
+    def _row(self, epoch: int, at: int) -> np.ndarray:
+        return self.rows[self._order(epoch)[at]]
 
     def _order(self, epoch: int) -> np.ndarray:
         """The order of the rows in a pass over the corpus."""

@@ -66,7 +66,7 @@ def orthogonalized(matrix: torch.Tensor, dtype: torch.dtype = torch.float32) -> 
     """About the orthogonal matrix nearest to it: its singular vectors, with singular values near 1."""
     a, b, c = NEWTON_SCHULZ
     turned = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if turned else matrix
+    x = matrix.T.contiguous() if turned else matrix
     x = (x / (x.norm() + 1e-7)).to(dtype)
     for _ in range(STEPS):
         square = x @ x.T

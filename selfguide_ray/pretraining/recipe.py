@@ -5,6 +5,7 @@ Every step does what is missing, so a recipe that was killed is continued by sta
 
 import io
 import json
+import math
 import platform
 import shutil
 import time
@@ -20,7 +21,7 @@ from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.failures import clear, failures
 from selfguide_ray.models import UNFINISHED
 from selfguide_ray.pretraining import Recipe, corpus
-from selfguide_ray.pretraining.learning import HELD_OUT, ROWS, TOLD, WEIGHTS, WORK
+from selfguide_ray.pretraining.learning import HELD_OUT, PRIMER, ROWS, TOLD, WEIGHTS, WORK
 from selfguide_ray.run import Run
 
 STUDENT, CARD = "student", "README.md"
@@ -95,6 +96,11 @@ def prepare(run: Run, recipe: Recipe) -> None:
         (text for text in texts[:: max(1, len(texts) // 50_000)]), recipe.shape.vocabulary
     )
     rows = corpus.pack(tokenizer, texts, recipe.shape.context, recipe.seed)
+    first = rows[:0]
+    if recipe.primer_tokens:
+        count = math.ceil(recipe.primer_tokens / recipe.shape.context)
+        begun = (corpus.render(messages) for messages in corpus.primer(learned, recipe.seed))
+        first = corpus.stream(tokenizer, begun, recipe.shape.context, count)
     if len(rows) <= HELD_OUT:
         raise SelfGuideError(
             f"source: {recipe.source} makes {len(rows)} rows of {recipe.shape.context} tokens.",
@@ -110,9 +116,10 @@ def prepare(run: Run, recipe: Recipe) -> None:
     }
     run.put(MANIFEST, json.dumps(manifest, indent=0).encode())
     run.put(TOKENIZER, tokenizer.to_str().encode())
-    data = io.BytesIO()
-    np.save(data, rows)
-    run.put(ROWS, data.getvalue())
+    for name, array in ((PRIMER, first), (ROWS, rows)):
+        data = io.BytesIO()
+        np.save(data, array)
+        run.put(name, data.getvalue())
 
 
 def publish(run: Run, recipe: Recipe) -> None:
@@ -127,7 +134,7 @@ def publish(run: Run, recipe: Recipe) -> None:
     )
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
     tokenizer.chat_template = corpus.CHAT_TEMPLATE
-    told = run.get_json(f"{WEIGHTS}/{TOLD}") | {"machine": f"{platform.machine()}, {platform.processor() or 'unknown'}"}
+    told = run.get_json(f"{WEIGHTS}/{TOLD}") | {"machine": f"{platform.machine()}, {_processor()}"}
     manifest = run.get_json(MANIFEST)
     with run.scratch(WORK) as folder, run.local_copy(WEIGHTS) as weights:
         for file in weights.iterdir():
@@ -139,6 +146,17 @@ def publish(run: Run, recipe: Recipe) -> None:
         (folder / "pretraining.json").write_text(json.dumps({"recipe": settings} | told, indent=1) + "\n")
         (folder / CARD).write_text(card(recipe, manifest, told))
         run.publish(folder, STUDENT, CARD)
+
+
+def _processor() -> str:
+    """What the processor calls itself."""
+    known = Path("/proc/cpuinfo")
+    lines = known.read_text().splitlines() if known.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor()) or "unknown"
+
+
+FORMATS = {"mixed": "float32 with products in bfloat16"}
 
 
 def card(recipe: Recipe, manifest: dict[str, Any], told: dict[str, Any]) -> str:
@@ -162,8 +180,9 @@ the task files name), and of tasks that selfguide_ray makes up ({recipe.made_up:
 that shares a source with a test task. `manifest.json` names what was learned, and the {len(manifest["development"])}
 training tasks that were left out to develop on.
 
-Training: {told["tokens"] / 1e6:.1f} M tokens in {recipe.dtype}, {told["seconds"] / 60:.0f} minutes on {hardware}, seed
-{recipe.seed}; `pretraining.json` has every setting. Loss of a token that the student writes, on rows held out:
+Training: {told["tokens"] / 1e6:.1f} M tokens by {recipe.optimizer} in {FORMATS.get(recipe.dtype, recipe.dtype)},
+{told["seconds"] / 60:.0f} minutes on {hardware}, seed {recipe.seed}; `pretraining.json` has every setting. The first
+{recipe.primer_tokens / 1e6:.1f} M tokens are texts to repeat. Loss of a token that the student writes, on rows held out:
 {told["validation_loss"]} nats.
 
 | M tokens | loss in training (nats, weighted) |
