@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -354,6 +355,22 @@ def test_the_recipe_leaves_a_student_that_loads_and_its_card(source, tmp_path, o
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler, as torch.compile does on a CPU")
+def test_products_in_bfloat16_and_a_compiled_model_learn_about_the_same(source, tmp_path, one_process):
+    plain = told_of(make(recipe_of(source, tmp_path / "plain", rows_per_pass=4), here))
+    told = told_of(make(recipe_of(source, tmp_path / "mixed", rows_per_pass=4, dtype="mixed", compile=True), here))
+    for (_, one), (_, other) in zip(plain["curve"], told["curve"], strict=True):
+        assert one == pytest.approx(other, rel=0.01)
+    assert plain["curve"] != told["curve"]
+
+
+@pytest.mark.parametrize("more", [{"zero_stage": 1}, {"dtype": "bfloat16"}])
+def test_muon_is_refused_where_matrices_are_not_whole(more):
+    with pytest.raises(ValueError, match="muon sees a matrix as a whole"):
+        Recipe(optimizer="muon", **more)
+
+
+@pytest.mark.slow
 def test_more_tokens_may_be_asked_for_until_the_rate_falls(source, tmp_path, one_process, monkeypatch):
     class Stop(Exception):
         pass
@@ -387,10 +404,10 @@ def test_more_tokens_may_be_asked_for_until_the_rate_falls(source, tmp_path, one
 @pytest.mark.ray
 @pytest.mark.timeout(400)
 def test_a_killed_recipe_goes_on_to_the_same_student(source, tmp_path, one_process):
-    calm = make(recipe_of(source, tmp_path / "calm", tokens=150_000), here)
+    calm = make(recipe_of(source, tmp_path / "calm", tokens=150_000, optimizer="muon"), here)
     run = Run(str(tmp_path / "killed"))
     settings = {"tokens": 150_000, "batch_rows": 4, "warmup_steps": 5, "development": 8, "checkpoint_seconds": 0}
-    settings |= {"primer_tokens": 4000}
+    settings |= {"primer_tokens": 4000, "optimizer": "muon"}
     config = tmp_path / "student.yaml"
     config.write_text(json.dumps({"output": run.root, "source": str(source), "shape": SMALL} | settings))
     group = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
