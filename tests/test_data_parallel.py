@@ -15,6 +15,7 @@ import uuid
 import pytest
 import torch
 from alike import plain_step
+from pairs import unlike, write_pairs
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -25,7 +26,7 @@ from selfguide_ray.failures import failures
 from selfguide_ray.models import UNFINISHED, Pack, learn
 from selfguide_ray.prompts import Prompts
 from selfguide_ray.run import Run
-from selfguide_ray.schema import TABLES, row_seed, task_rows
+from selfguide_ray.schema import row_seed, task_rows
 from selfguide_ray.student import StudentTokenizer
 from selfguide_ray.tuning import data_parallel
 from selfguide_ray.tuning.data_parallel import passes
@@ -56,22 +57,9 @@ def plan(folder, student, tasks, *overrides):
     settings = ["models.batch_size=3", "models.learning_rate=0.003", "models.epochs=4", "models.clip=0.5"]
     cluster = ["cluster.tasks_per_batch=1", f"student.model={student}"]
     config = load(None, [f"run={folder}", *settings, *cluster, *overrides])
-    run, rows = Run(config.run), []
-    prompts = Prompts(StudentTokenizer(config.student), 500)
-    for task in tasks:
-        for i in range(TASKS[task.name]):
-            text, answer = f"{task.name} {i} {'x ' * (i % 3)}", f"a {'long ' * (i % 2)}{i}"
-            row = {
-                "task": task.name,
-                "system": "selfguide",
-                "id": f"{task.name}{i}",
-                "input": text,
-                "output": answer,
-                "tokens": 90,
-            }
-            rows.append(row | {"prompt": prompts.answering(task, text).text, "completion": prompts.completion(answer)})
+    run, prompts = Run(config.run), Prompts(StudentTokenizer(config.student), 500)
     run.write("tasks", "00000", task_rows(tasks), {})
-    run.write("trainset", "00000", TABLES["trainset"].empty_table().from_pylist(rows, TABLES["trainset"]), {})
+    write_pairs(run, "00000", [row for task in tasks for row in unlike(prompts, task, TASKS[task.name])])
     return config, run
 
 

@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from pairs import pair, write_pairs
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -17,7 +18,7 @@ from selfguide_ray.failures import failures
 from selfguide_ray.models import Pack, learn, packs, untrained
 from selfguide_ray.prompts import Prompts
 from selfguide_ray.run import Run
-from selfguide_ray.schema import TABLES, task_rows
+from selfguide_ray.schema import task_rows
 from selfguide_ray.student import StudentTokenizer
 from selfguide_ray.tuning.data_parallel import collate
 from selfguide_ray.tuning.pairs import IGNORED, Pair, batches, rate_factor
@@ -34,22 +35,13 @@ def planned(tmp_path, make_task):
         run = Run(config.run)
         task, starved = make_task("colours", labels=("warm", "cold")), make_task("starved")
         prompts = Prompts(StudentTokenizer(config.student), 500)
-        rows = []
-        for i, (text, answer) in enumerate([("red", "warm"), ("blue", "cold"), ("orange", "warm")] * 2):
-            row = {
-                "task": "colours",
-                "system": "selfguide",
-                "id": f"r{i}",
-                "input": text,
-                "output": answer,
-                "tokens": 90,
-            }
-            rows.append(row | {"prompt": prompts.answering(task, text).text, "completion": prompts.completion(answer)})
+        texts = [("red", "warm"), ("blue", "cold"), ("orange", "warm")] * 2
+        rows = [pair(prompts, task, i, text, answer) for i, (text, answer) in enumerate(texts)]
         rows.append(
             {"task": "colours", "system": "selfguide", "id": "dropped", "drop_reason": "imbalanced", "tokens": 9000}
         )
         run.write("tasks", "00000", task_rows([task, starved]), {})
-        run.write("trainset", "00000", TABLES["trainset"].empty_table().from_pylist(rows, TABLES["trainset"]), {})
+        write_pairs(run, "00000", rows)
         return config, run, [prompts.answering(task, text).ids for text in ("red", "blue")]
 
     return make

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from alike import adapter, assert_equal
+from pairs import pair, write_pairs
 
 from selfguide_ray.config_file import load
 from selfguide_ray.failures import failures
@@ -47,23 +48,14 @@ def prepared(folder):
     plan(job)
     prompts = Prompts(StudentTokenizer(config.student), 500)
     for shard in job.run.shards("tasks"):
-        rows = []
-        for task in tasks_of(job.run.read("tasks", shard)):
-            for i in range(PAIRS):
-                text, answer = f"thing {i} of {task.name[:12]}", f"kind {i % 5}"
-                row = {
-                    "task": task.name,
-                    "system": "selfguide",
-                    "id": f"{task.name}{i}",
-                    "input": text,
-                    "output": answer,
-                    "tokens": 90,
-                }
-                shown = prompts.answering(task, text, task.examples[:1])
-                rows.append(row | {"prompt": shown.text, "completion": prompts.completion(answer)})
+        rows = [
+            pair(prompts, task, i, f"thing {i} of {task.name[:12]}", f"kind {i % 5}", task.examples[:1])
+            for task in tasks_of(job.run.read("tasks", shard))
+            for i in range(PAIRS)
+        ]
         for table in ("inputs", "outputs"):
             job.run.write(table, shard, TABLES[table].empty_table(), {})
-        job.run.write("trainset", shard, TABLES["trainset"].empty_table().from_pylist(rows, TABLES["trainset"]), {})
+        write_pairs(job.run, shard, rows)
     return config, job.run
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from alike import adapter, assert_alike, assert_equal, plain_step
+from pairs import unlike, write_pairs
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -15,7 +16,7 @@ from selfguide_ray.failures import failures
 from selfguide_ray.models import UNFINISHED, Pack, learn, packs
 from selfguide_ray.prompts import Prompts
 from selfguide_ray.run import Run
-from selfguide_ray.schema import TABLES, row_seed, task_rows
+from selfguide_ray.schema import row_seed, task_rows
 from selfguide_ray.student import StudentTokenizer
 from selfguide_ray.tuning import side_by_side
 from selfguide_ray.tuning.last_layer import release, take
@@ -35,23 +36,8 @@ def planned(tmp_path, make_task):
         run = Run(config.run)
         tasks = [make_task(task, instruction=f"Say it {'again ' * n}now.") for n, task in enumerate(TASKS)]
         prompts = Prompts(StudentTokenizer(config.student), 500)
-        rows = []
-        for task in tasks:
-            for i in range(TASKS[task.name]):
-                text, answer = f"{task.name} {i} {'x ' * (i % 3)}", f"a {'long ' * (i % 2)}{i}"
-                row = {
-                    "task": task.name,
-                    "system": "selfguide",
-                    "id": f"{task.name}{i}",
-                    "input": text,
-                    "output": answer,
-                    "tokens": 90,
-                }
-                rows.append(
-                    row | {"prompt": prompts.answering(task, text).text, "completion": prompts.completion(answer)}
-                )
         run.write("tasks", "00000", task_rows(tasks), {})
-        run.write("trainset", "00000", TABLES["trainset"].empty_table().from_pylist(rows, TABLES["trainset"]), {})
+        write_pairs(run, "00000", [row for task in tasks for row in unlike(prompts, task, TASKS[task.name])])
         return config, run
 
     return make
