@@ -281,7 +281,7 @@ class Models(Section):
 
 
 SystemName = Literal["copy", "majority", "zero_shot", "few_shot", "few_shot_tuned", "selfguide"]
-TUNED: tuple[SystemName, ...] = ("few_shot_tuned", "selfguide")  # those that learn, each from pairs of its own
+LEARNERS: tuple[SystemName, ...] = ("few_shot_tuned", "selfguide")  # those that learn, each from pairs of its own
 
 
 class Predictions(Section):
@@ -295,7 +295,7 @@ class Predictions(Section):
     @property
     def tuned(self) -> tuple[SystemName, ...]:
         """Those of the systems that are fine-tuned."""
-        return tuple(system for system in TUNED if system in self.systems)
+        return tuple(system for system in LEARNERS if system in self.systems)
 
 
 class Scores(Section):

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from selfguide_ray.config import TUNED
+from selfguide_ray.config import LEARNERS
 from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.failures import failures
 from selfguide_ray.run import PLAN, READS, SETTINGS, Run
@@ -42,7 +42,7 @@ def left_behind(run: Run) -> list[str]:
 def _models(run: Run, shards: list[str]) -> dict[str, Any]:
     told = [run.get_json(f"models/{model}/model.json") for model in run.trained()]
     systems = (run.get_json(f"predictions/{SETTINGS}") or {"predictions": {"systems": []}})["predictions"]["systems"]
-    each = max(1, len([system for system in systems if system in TUNED]))  # models of a task
+    each = max(1, len([system for system in systems if system in LEARNERS]))  # models of a task
     return {
         "done": len(told),
         "of": each * sum(run.receipt("tasks", shard)["kept"] for shard in shards),

@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from selfguide_ray.config import Section
+from selfguide_ray.errors import SelfGuideError
 
 
 class Shape(Section):
@@ -89,9 +90,10 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _unsharded_muon(self) -> "Recipe":
         if self.optimizer == "muon" and (self.zero_stage or self.dtype == "bfloat16"):
-            raise ValueError(
-                "optimizer: muon sees a matrix as a whole, and ZeRO and bfloat16 weights keep flattened parts of it; "
-                "set zero_stage=0 and dtype=mixed or float32, or optimizer=adamw"
+            raise SelfGuideError(
+                f"optimizer: muon does not go with zero_stage={self.zero_stage} and dtype={self.dtype}.",
+                "Muon sees a matrix as a whole, and ZeRO and bfloat16 weights keep flattened parts of it.",
+                "Set zero_stage=0 and dtype=mixed or float32, or optimizer=adamw.",
             )
         return self
 

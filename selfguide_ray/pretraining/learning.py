@@ -19,13 +19,14 @@ from selfguide_ray.pretraining.corpus import SPECIAL_TOKENS, written
 from selfguide_ray.pretraining.muon import Muon, split
 from selfguide_ray.run import Run
 from selfguide_ray.schema import row_seed
-from selfguide_ray.tuning.base import diverged, over_ranks, training_device
+from selfguide_ray.tuning.base import diverged, make_optimizer, over_ranks, training_device
 from selfguide_ray.tuning.sharded_state import ShardedState
 from selfguide_ray.tuning.zero import Zero, gathered, is_partitioned, keep_memory
 
 WORK = "work"
 PRIMER, ROWS, HELD_OUT = f"{WORK}/primer.npy", f"{WORK}/rows.npy", 64  # of the rows, the last are never learned
 WEIGHTS, TOLD, CURVE = f"{WORK}/trained", "told.json", f"{WORK}/curve.json"
+BETAS = (0.9, 0.95)
 POINT = 50  # steps of a point of the loss curve
 
 
@@ -77,15 +78,13 @@ def dense_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def optimizer_of(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+def optimizer_of(model: torch.nn.Module, recipe: Recipe, settings: Models) -> torch.optim.Optimizer:
     """The optimiser that the recipe asks for, over all of the model."""
-    settings: dict[str, Any] = {
-        "lr": recipe.learning_rate, "betas": (0.9, 0.95), "weight_decay": recipe.weight_decay, "fused": True
-    }  # fmt: skip
-    if recipe.optimizer == "muon":
-        dtype = torch.float32 if recipe.dtype == "float32" else torch.bfloat16
-        return Muon(*split(model), dtype=dtype, **settings)
-    return torch.optim.AdamW(model.parameters(), **settings)
+    if recipe.optimizer == "adamw":
+        return make_optimizer(model.parameters(), settings, BETAS)
+    dtype = torch.float32 if recipe.dtype == "float32" else torch.bfloat16
+    rate, decay = recipe.learning_rate, recipe.weight_decay
+    return Muon(*split(model), dtype=dtype, lr=rate, betas=BETAS, weight_decay=decay, fused=True)
 
 
 def learn(recipe: Recipe, rank: int, world: int) -> None:
@@ -116,7 +115,7 @@ class Learning:
         dtype = torch.bfloat16 if recipe.dtype == "bfloat16" else torch.float32
         torch.manual_seed(recipe.seed)
         model = Losses(make_model(recipe.shape), recipe).to(self.device, dtype)
-        self.engine, self.optimizer = Zero(settings, dtype, world).start(model, optimizer_of(model, recipe))
+        self.engine, self.optimizer = Zero(settings, dtype, world).start(model, optimizer_of(model, recipe, settings))
         self.state = ShardedState(
             self.engine, self.optimizer, Unfinished(self.storage, "student"), "student", rank, world
         )
