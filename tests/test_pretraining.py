@@ -26,9 +26,9 @@ from selfguide_ray.pretraining import Recipe
 from selfguide_ray.pretraining.corpus import (
     development_tasks,
     documents,
+    names_for,
     pack,
     primer,
-    renamed,
     render,
     source_names,
     stream,
@@ -139,6 +139,22 @@ def test_conversations_have_the_two_forms_and_labels_are_sometimes_renamed(make_
         assert all(turn["content"].lower() in told for turn in conversation[3::2])
 
 
+def test_how_often_labels_are_renamed_and_how_many_examples_are_shown_can_be_set(make_task):
+    examples = [(f"item number {i}", "odd" if i % 2 else "even") for i in range(80)]
+    task = make_task("quiz", labels=("odd", "even"), examples=examples, instances=[])
+
+    def answering(**given):
+        return [m for m in documents([task], seed=3, **given) if len(m) > 2]
+
+    def answers(made):
+        return {turn["content"] for m in made for turn in m[3::2]}
+
+    assert answers(answering(renamed=0.0)) == {"odd", "even"}
+    assert not answers(answering(renamed=1.0)) & {"odd", "even"}
+    assert {len(m) for m in answering(turns=0)} == {4}  # the instruction and one item, each with its answer
+    assert max(len(m) for m in answering(turns=2)) == 8
+
+
 def test_a_bounded_corpus_takes_as_much_of_a_large_task_as_of_a_small_one(make_task):
     def of(name, count):
         return make_task(
@@ -160,9 +176,9 @@ def test_another_round_shows_the_same_items_in_other_company(make_task):
 
 
 def test_labels_that_items_may_quote_are_not_renamed(make_task):
-    assert renamed(make_task(labels=("A", "B")), random.Random(0)) == {}
-    assert renamed(make_task(labels=("Yes.", "No.")), random.Random(0)) == {}
-    assert set(renamed(make_task(labels=("good", "bad")), random.Random(0))) == {"good", "bad"}
+    assert names_for(make_task(labels=("A", "B")), random.Random(0)) == {}
+    assert names_for(make_task(labels=("Yes.", "No.")), random.Random(0)) == {}
+    assert set(names_for(make_task(labels=("good", "bad")), random.Random(0))) == {"good", "bad"}
     assert (
         substitute('Say "Good" or bad, not goodness.', {"good": "fox", "bad": "oak"})
         == 'Say "fox" or oak, not goodness.'
@@ -354,6 +370,25 @@ def test_the_recipe_leaves_a_student_that_loads_and_its_card(source, tmp_path, o
     assert (again / "model.safetensors").read_bytes() == (student / "model.safetensors").read_bytes()
 
 
+def test_a_student_can_be_gone_on_with(source, tmp_path, one_process):
+    first = make(recipe_of(source, tmp_path / "a"), here)
+    more = {"start": str(first), "seed": 7, "warmup_steps": 0, "primer_tokens": 0}
+    second = make(recipe_of(source, tmp_path / "b", **more), here)
+    assert (second / "tokenizer.json").read_bytes() == (first / "tokenizer.json").read_bytes()
+    manifests = [json.loads((student / "manifest.json").read_text()) for student in (first, second)]
+    assert manifests[0]["development"] == manifests[1]["development"]
+    assert told_of(second)["curve"][0][1] < told_of(first)["curve"][0][1] - 0.5  # it begins where the first ended
+    assert f"went on from {first}" in " ".join((second / "README.md").read_text().split())
+
+
+def test_a_start_that_does_not_fit_is_refused_before_anything_is_written(source, tmp_path):
+    with pytest.raises(SelfGuideError, match="holds no pretraining[.]json and no manifest[.]json"):
+        make(recipe_of(source, tmp_path / "out", start=str(tmp_path)), here)
+    with pytest.raises(SelfGuideError, match="has another shape"):
+        make(recipe_of(source, tmp_path / "out", start="embedded/nano"), here)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler, as torch.compile does on a CPU")
 def test_products_in_bfloat16_and_a_compiled_model_learn_about_the_same(source, tmp_path, one_process):
@@ -476,7 +511,7 @@ def test_a_setting_that_a_recipe_lacks_is_explained(tmp_path):
     assert caught.value.instead == "Did you mean shape.hidden?"
 
 
-@pytest.mark.parametrize("size", ["nano", "small"])
+@pytest.mark.parametrize("size", ["nano", "nano-2", "small"])
 def test_the_recipes_of_the_project_are_read(size):
     recipe = read(Recipe, Path(__file__).parents[1] / "configs" / f"student-{size}.yaml")
     assert recipe.output == f"runs/student-{size}"

@@ -40,11 +40,17 @@ class Recipe(Section):
     """A checkout of Natural Instructions: a folder with `tasks/` or `tasks.tar.xz`, and `splits/`."""
     seed: int = Field(1, ge=0)
     """Decides the documents, their order, and the first weights."""
+    start: str | None = None
+    """A student to go on from: its folder, or embedded/nano. Its tokenizer and its development tasks are kept."""
     shape: Shape = Shape()
     development: int = Field(48, ge=0)
     """Training tasks left out, to try settings of the method on: none shares a source with a task that is learned."""
     made_up: float = Field(0.15, ge=0, lt=1)
     """Share of documents of tasks that the project makes up: copy, choose, count, rearrange words."""
+    renamed: float = Field(0.5, ge=0, le=1)
+    """Share of the conversations of a task with classes whose labels are random words, learned from the examples alone."""
+    turns: int = Field(8, ge=0)
+    """A conversation shows at most so many examples before its last answer."""
     primer_tokens: int = Field(0, ge=0)
     """Tokens to begin with, of texts that are repeated word for word: copying is learned before anything else."""
     rounds: int = Field(3, ge=1)

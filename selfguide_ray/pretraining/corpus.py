@@ -81,12 +81,20 @@ def development_tasks(tasks: Sequence[Task], count: int, seed: int) -> set[str]:
 
 
 def documents(
-    tasks: Sequence[Task], seed: int, made_up: float = 0.0, most: int | None = None, rounds: int = 1
+    tasks: Sequence[Task],
+    seed: int,
+    made_up: float = 0.0,
+    most: int | None = None,
+    rounds: int = 1,
+    renamed: float = 0.5,
+    turns: int = 8,
 ) -> list[list[dict[str, str]]]:
     """Conversations in the two forms of `prompts`, answering with many turns and writing a new item, in random order.
 
     In each of the rounds every instance serves once, in other company. `made_up` is the share of the conversations whose
     task the project makes up; `most` bounds them all: a task with many instances then has no more than its part.
+    `renamed` is the share of the conversations with classes that have random words for labels, `turns` the most examples
+    before a conversation's last answer.
     """
     rng, found = random.Random(seed), []
     learnable = [task for task in tasks if len(task.instruction) <= MAX_INSTRUCTION]
@@ -94,11 +102,15 @@ def documents(
     for task in learnable:
         pool = [Example(e.input, e.output) for e in task.examples]
         pool += [Example(i.input, rng.choice(i.references)) for i in task.instances if len(i.input) <= MAX_ITEM]
-        mine = [made for _ in range(rounds) for made in _conversations(task, rng.sample(pool, len(pool)), rng)]
+        mine = [
+            made
+            for _ in range(rounds)
+            for made in _conversations(task, rng.sample(pool, len(pool)), rng, renamed, turns)
+        ]
         found += mine[:part]
     for _ in range(round(len(found) * made_up / (1 - made_up))):
         task = made_up_task(rng, rng.randint(3, 10))
-        found += _conversations(task, list(task.examples), rng)[:1]
+        found += _conversations(task, list(task.examples), rng, renamed, turns)[:1]
     rng.shuffle(found)
     return found
 
@@ -131,22 +143,24 @@ def primer(tasks: Sequence[Task], seed: int) -> Iterator[list[dict[str, str]]]:
         yield [*answering_messages(instruction, turns, last.input), answer]
 
 
-def _conversations(task: Task, pool: list[Example], rng: random.Random) -> list[list[dict[str, str]]]:
+def _conversations(
+    task: Task, pool: list[Example], rng: random.Random, renamed: float, most: int
+) -> list[list[dict[str, str]]]:
     """Conversations from a task's examples, each of which is answered once.
 
     About half also serve to ask for an item; three quarters of the items of a classification task are asked for by their
-    label. In half of the conversations of a task with classes the labels are random words throughout, so that answers
-    have to be learned from the conversation.
+    label. Where labels are renamed they are random words throughout a conversation, so that answers have to be learned
+    from it.
     """
     made = []
     while pool:
         turns, room = [pool.pop()], MAX_DOCUMENT - len(task.instruction)
-        for _ in range(rng.randint(0, 8)):
+        for _ in range(rng.randint(0, most)):
             room -= len(turns[-1].input) + len(turns[-1].output)
             if not pool or room < len(pool[-1].input) + len(pool[-1].output):
                 break
             turns.append(pool.pop())
-        told = renamed(task, rng) if rng.random() < 0.5 else {}
+        told = names_for(task, rng) if rng.random() < renamed else {}
         instruction = substitute(task.instruction, told)
         turns = [Example(e.input, told.get(e.output.strip(), e.output)) for e in turns]
         last = turns.pop()
@@ -161,7 +175,7 @@ def _conversations(task: Task, pool: list[Example], rng: random.Random) -> list[
     return made
 
 
-def renamed(task: Task, rng: random.Random) -> dict[str, str]:
+def names_for(task: Task, rng: random.Random) -> dict[str, str]:
     """Random words for a task's labels; none where a label is no plain word, since its items may quote it."""
     if not all(re.fullmatch(r"[A-Za-z]{3,}\.?", label) for label in task.labels):
         return {}

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
@@ -26,6 +27,7 @@ from selfguide_ray.tuning.zero import Zero, gathered, is_partitioned, keep_memor
 WORK = "work"
 PRIMER, ROWS, HELD_OUT = f"{WORK}/primer.npy", f"{WORK}/rows.npy", 64  # of the rows, the last are never learned
 WEIGHTS, TOLD, CURVE = f"{WORK}/trained", "told.json", f"{WORK}/curve.json"
+START = f"{WORK}/start.safetensors"  # the weights of the student that the recipe goes on from
 BETAS = (0.9, 0.95)
 POINT = 50  # steps of a point of the loss curve
 
@@ -101,7 +103,7 @@ class Learning:
     def __init__(self, recipe: Recipe, rank: int, world: int) -> None:
         self.recipe, self.rank, self.world = recipe, rank, world
         self.storage = Run(recipe.output)
-        self.primer, rows = self._read(PRIMER), self._read(ROWS)
+        self.primer, rows = (np.load(io.BytesIO(self._read(name))) for name in (PRIMER, ROWS))
         self.rows, self.held_out = rows[:-HELD_OUT], rows[-HELD_OUT:]
         settings = Models(
             method="full",
@@ -114,7 +116,10 @@ class Learning:
         self.device = training_device()
         dtype = torch.bfloat16 if recipe.dtype == "bfloat16" else torch.float32
         torch.manual_seed(recipe.seed)
-        model = Losses(make_model(recipe.shape), recipe).to(self.device, dtype)
+        student = make_model(recipe.shape)
+        if recipe.start:
+            student.load_state_dict(load(self._read(START)), strict=False)  # the output layer is the embedding
+        model = Losses(student, recipe).to(self.device, dtype)
         self.engine, self.optimizer = Zero(settings, dtype, world).start(model, optimizer_of(model, recipe, settings))
         self.state = ShardedState(
             self.engine, self.optimizer, Unfinished(self.storage, "student"), "student", rank, world
@@ -133,10 +138,10 @@ class Learning:
                     "Give the former number, or another output.",
                 )
 
-    def _read(self, name: str) -> np.ndarray:
+    def _read(self, name: str) -> bytes:
         data = self.storage.get(name)
         assert data is not None, f"{self.recipe.output}/{name} is gone"
-        return np.load(io.BytesIO(data))
+        return data
 
     def run(self) -> None:
         """All steps from where the state ends, then the weights."""

@@ -17,15 +17,18 @@ import numpy as np
 from tokenizers import Tokenizer as FastTokenizer
 
 from selfguide_ray import progress
+from selfguide_ray.embedded import resolve
 from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.failures import clear, failures
 from selfguide_ray.models import UNFINISHED
 from selfguide_ray.pretraining import Recipe, corpus
-from selfguide_ray.pretraining.learning import HELD_OUT, PRIMER, ROWS, TOLD, WEIGHTS, WORK
+from selfguide_ray.pretraining.learning import HELD_OUT, PRIMER, ROWS, START, TOLD, WEIGHTS, WORK
 from selfguide_ray.run import Run
 
-STUDENT, CARD = "student", "README.md"
+STUDENT, CARD, RECORD = "student", "README.md", "pretraining.json"
 SETTINGS, MANIFEST, TOKENIZER = f"{WORK}/recipe.json", f"{WORK}/manifest.json", f"{WORK}/tokenizer.json"
+BEFORE = f"{WORK}/start.json"  # the record of the student that the recipe goes on from
+# Settings with which a student may be gone on with.
 ELSEWHERE = {"workers", "cpus_per_worker", "gpus_per_worker", "checkpoint_seconds", "output", "source", "tokens"}
 
 
@@ -34,7 +37,7 @@ def make(recipe: Recipe, train: Callable[[Recipe], None]) -> Path:
     run = Run(recipe.output)
     recipe = recipe.model_copy(update={"output": run.root if run.local else run.uri})
     if not run.exists(ROWS):
-        _checkout(recipe)  # before anything is written
+        _checkout(recipe), _start(recipe)  # before anything is written
     _claim(run, recipe)
     run.sweep()
     if not run.exists(ROWS):
@@ -82,25 +85,54 @@ def _checkout(recipe: Recipe) -> tuple[Path, Path]:
     return tasks, splits
 
 
+def _start(recipe: Recipe) -> Path | None:
+    """The folder of the student to go on from; raises SelfGuideError if it is no student of this shape."""
+    if recipe.start is None:
+        return None
+    folder = resolve(recipe.start)
+    wanted = (RECORD, "manifest.json", "model.safetensors", "tokenizer.json")
+    lacking = [name for name in wanted if not (folder / name).exists()]
+    if lacking:
+        raise SelfGuideError(
+            f"start: {recipe.start} holds no {' and no '.join(lacking)}.",
+            "A recipe goes on from a student that a recipe has made.",
+            "Make that one first, or leave start out to begin from scratch.",
+        )
+    shape = json.loads((folder / RECORD).read_text())["recipe"]["shape"]
+    if shape != recipe.shape.model_dump():
+        raise SelfGuideError(
+            f"start: {recipe.start} has another shape: {shape}.", "Its weights fit no other.", "Give it the same shape."
+        )
+    return folder
+
+
 def prepare(run: Run, recipe: Recipe) -> None:
     """Tokenizer, rows, and a list of what was learned and what was left out; the rows are written last."""
     started = time.monotonic()
     tasks, splits = _checkout(recipe)
     found = corpus.training_tasks(tasks, splits)
-    development = corpus.development_tasks(found, recipe.development, recipe.seed)
+    begun = _start(recipe)
+    if begun:
+        development = set(json.loads((begun / "manifest.json").read_text())["development"])
+    else:
+        development = corpus.development_tasks(found, recipe.development, recipe.seed)
     learned = [task for task in found if task.name not in development]
-    made = corpus.documents(learned, recipe.seed, recipe.made_up, recipe.documents, recipe.rounds)
+    made = corpus.documents(
+        learned, recipe.seed, recipe.made_up, recipe.documents, recipe.rounds, recipe.renamed, recipe.turns
+    )
     texts = [corpus.render(messages) for messages in made]
     progress.say(f"{len(learned)} tasks, {len(texts)} documents, {time.monotonic() - started:.0f} s")
-    tokenizer = corpus.train_tokenizer(
-        (text for text in texts[:: max(1, len(texts) // 50_000)]), recipe.shape.vocabulary
-    )
+    if begun:
+        tokenizer = FastTokenizer.from_file(str(begun / "tokenizer.json"))
+    else:
+        some = (text for text in texts[:: max(1, len(texts) // 50_000)])
+        tokenizer = corpus.train_tokenizer(some, recipe.shape.vocabulary)
     rows = corpus.pack(tokenizer, texts, recipe.shape.context, recipe.seed)
     first = rows[:0]
     if recipe.primer_tokens:
         count = math.ceil(recipe.primer_tokens / recipe.shape.context)
-        begun = (corpus.render(messages) for messages in corpus.primer(learned, recipe.seed))
-        first = corpus.stream(tokenizer, begun, recipe.shape.context, count)
+        texts_to_repeat = (corpus.render(messages) for messages in corpus.primer(learned, recipe.seed))
+        first = corpus.stream(tokenizer, texts_to_repeat, recipe.shape.context, count)
     if len(rows) <= HELD_OUT:
         raise SelfGuideError(
             f"source: {recipe.source} makes {len(rows)} rows of {recipe.shape.context} tokens.",
@@ -116,6 +148,9 @@ def prepare(run: Run, recipe: Recipe) -> None:
     }
     run.put(MANIFEST, json.dumps(manifest, indent=0).encode())
     run.put(TOKENIZER, tokenizer.to_str().encode())
+    if begun:
+        run.put(START, (begun / "model.safetensors").read_bytes())
+        run.put(BEFORE, (begun / RECORD).read_bytes())
     for name, array in ((PRIMER, first), (ROWS, rows)):
         data = io.BytesIO()
         np.save(data, array)
@@ -142,8 +177,10 @@ def publish(run: Run, recipe: Recipe) -> None:
                 shutil.copy(file, folder / file.name)
         tokenizer.save_pretrained(folder)
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=0) + "\n")
+        if recipe.start:
+            (folder / "start.json").write_bytes(run.get(BEFORE) or b"")
         settings = recipe.model_dump(mode="json", exclude={"output", "source"})
-        (folder / "pretraining.json").write_text(json.dumps({"recipe": settings} | told, indent=1) + "\n")
+        (folder / RECORD).write_text(json.dumps({"recipe": settings} | told, indent=1) + "\n")
         (folder / CARD).write_text(card(recipe, manifest, told))
         run.publish(folder, STUDENT, CARD)
 
@@ -164,6 +201,9 @@ def card(recipe: Recipe, manifest: dict[str, Any], told: dict[str, Any]) -> str:
     shape, curve = recipe.shape, told["curve"]
     points = [curve[round(i * (len(curve) - 1) / 9)] for i in range(10)] if len(curve) > 10 else curve
     losses = "\n".join(f"| {tokens / 1e6:.2f} | {loss:.3f} |" for tokens, loss in points)
+    began = f"The first {recipe.primer_tokens / 1e6:.1f} M tokens are texts to repeat."
+    if recipe.start:
+        began = f"It went on from {recipe.start}, whose own record is in `start.json`."
     hardware = f"{told['workers']} worker(s), {told['device']} ({told['machine']})"
     return f"""---
 license: apache-2.0
@@ -181,8 +221,8 @@ that shares a source with a test task. `manifest.json` names what was learned, a
 training tasks that were left out to develop on.
 
 Training: {told["tokens"] / 1e6:.1f} M tokens by {recipe.optimizer} in {FORMATS.get(recipe.dtype, recipe.dtype)},
-{told["seconds"] / 60:.0f} minutes on {hardware}, seed {recipe.seed}; `pretraining.json` has every setting. The first
-{recipe.primer_tokens / 1e6:.1f} M tokens are texts to repeat. Loss of a token that the student writes, on rows held out:
+{told["seconds"] / 60:.0f} minutes on {hardware}, seed {recipe.seed}; `pretraining.json` has every setting.
+{began} Loss of a token that the student writes, on rows held out:
 {told["validation_loss"]} nats.
 
 | M tokens | loss in training (nats, weighted) |
