@@ -382,7 +382,7 @@ def test_a_student_can_be_gone_on_with(source, tmp_path, one_process):
 
 
 def test_a_start_that_does_not_fit_is_refused_before_anything_is_written(source, tmp_path):
-    with pytest.raises(SelfGuideError, match="holds no pretraining[.]json and no manifest[.]json"):
+    with pytest.raises(SelfGuideError, match=r"holds no pretraining[.]json and no manifest[.]json"):
         make(recipe_of(source, tmp_path / "out", start=str(tmp_path)), here)
     with pytest.raises(SelfGuideError, match="has another shape"):
         make(recipe_of(source, tmp_path / "out", start="embedded/nano"), here)
