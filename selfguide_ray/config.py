@@ -137,6 +137,10 @@ class Tasks(Section):
     """Tasks in a shard, the unit of work and of resume."""
     instances: int = Field(100, ge=0)
     """Held-out instances of a task: the first of a test task, in order (the official rule), else a seeded sample."""
+    validation: int = Field(0, ge=0)
+    """Further instances to choose settings by, drawn with the seed and stratified by answer; none is held out."""
+    gold: int = Field(0, ge=0)
+    """Still further ones, drawn likewise, that the system gold_tuned learns from."""
     strict: bool = False
     """Stop at the first broken task file instead of listing it at the end."""
 
@@ -216,6 +220,10 @@ class Trainset(Section):
     """Classification: the winner of the vote (the reference), only if it is the label asked for, or that label itself."""
     extract_labels: bool = True
     """Take the one label that a wordy answer names; off, an answer has to equal a label (the reference)."""
+    in_context: int = Field(22, ge=1)
+    """Pairs that self_icl shows as examples and self_icl_tuned learns, as many of each label; the reference's number."""
+    flipped: float = Field(1.0, ge=0, le=1)
+    """Share of the pairs that flipped_tuned learns with a wrong answer."""
     balance: bool = True
     """Keep as many pairs of each label as the rarest label has (classification)."""
     max_tokens: int = Field(2000, ge=16)
@@ -280,15 +288,23 @@ class Models(Section):
         return self.keep in ("best", "last") or (self.keep == "adapter" and self.method == "lora")
 
 
-SystemName = Literal["copy", "majority", "zero_shot", "few_shot", "few_shot_tuned", "selfguide"]
-LEARNERS: tuple[SystemName, ...] = ("few_shot_tuned", "selfguide")  # those that learn, each from pairs of its own
+SystemName = Literal[
+    "copy", "majority", "zero_shot", "few_shot", "few_shot_random", "few_shot_filtered", "few_shot_vote", "self_icl",
+    "few_shot_tuned", "self_icl_tuned", "unfiltered_tuned", "flipped_tuned", "gold_tuned", "selfguide",
+]  # fmt: skip
+# Those that learn, each from pairs of its own.
+LEARNERS: tuple[SystemName, ...] = (
+    "few_shot_tuned", "self_icl_tuned", "unfiltered_tuned", "flipped_tuned", "gold_tuned", "selfguide",
+)  # fmt: skip
 
 
 class Predictions(Section):
     """Which systems answer the held-out instances."""
 
     systems: tuple[SystemName, ...] = Field(("copy", "majority", "zero_shot", "few_shot", "selfguide"), min_length=1)
-    """The systems, floors first; few_shot_tuned learns from the examples alone."""
+    """The systems, floors first; the README tells what each is."""
+    instances: Literal["held_out", "validation"] = "held_out"
+    """What they answer: the instances held out, or those of tasks.validation, to choose settings by."""
     labels: LabelMode = "free"
     """Classification: answer with any text (the reference), within the labels, or the label that scores best."""
 
@@ -296,6 +312,12 @@ class Predictions(Section):
     def tuned(self) -> tuple[SystemName, ...]:
         """Those of the systems that are fine-tuned."""
         return tuple(system for system in LEARNERS if system in self.systems)
+
+    @property
+    def taught(self) -> tuple[SystemName, ...]:
+        """The systems that want pairs of `trainset`, besides selfguide: to learn them, or to show them."""
+        wanted = {"self_icl_tuned" if system == "self_icl" else system for system in self.systems}
+        return tuple(system for system in LEARNERS[:-1] if system in wanted or system == "few_shot_tuned")
 
 
 class Scores(Section):
@@ -321,6 +343,29 @@ class Config(Section):
     models: Models = Models()
     predictions: Predictions = Predictions()
     scores: Scores = Scores()
+
+    @model_validator(mode="after")
+    def _instances_set_apart(self) -> "Config":
+        """What wants instances that are set apart finds some."""
+        for wanted, setting, why in (
+            (
+                "gold_tuned" in self.predictions.systems and not self.tasks.gold,
+                "gold",
+                "predictions.systems has gold_tuned, which learns from them",
+            ),
+            (
+                self.predictions.instances == "validation" and not self.tasks.validation,
+                "validation",
+                "predictions.instances is validation",
+            ),
+        ):
+            if wanted:
+                raise SelfGuideError(
+                    f"tasks.{setting}: is 0.",
+                    f"{why}.",
+                    f"Set tasks.{setting} to a number, or change the other setting.",
+                )
+        return self
 
 
 def _json_object(path: Path, name: str) -> dict[str, Any]:

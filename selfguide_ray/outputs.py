@@ -10,6 +10,7 @@ from selfguide_ray.engine import Engine, Request, SamplingParams, share_prefix
 from selfguide_ray.prompts import Prompts, held_to_labels
 from selfguide_ray.run import Run
 from selfguide_ray.schema import TABLES, TASK_COLUMNS, Task, row_seed, tasks_of
+from selfguide_ray.votes import candidate
 
 
 class Outputs:
@@ -43,15 +44,7 @@ class Outputs:
         completions = iter(self.engine.generate(requests))
         for row in rows:
             if "drop_reason" not in row:
-                row["candidates"] = [
-                    {
-                        "output": c.text.strip(),
-                        "logprob": c.logprob,
-                        "finish_reason": c.finish_reason,
-                        "probability": c.probability,
-                    }
-                    for c in next(completions)
-                ]
+                row["candidates"] = [candidate(completion) for completion in next(completions)]
         return pa.Table.from_pylist(rows, schema=TABLES["outputs"])
 
     def _ask(self, task: Task, rows: list[dict[str, Any]]) -> list[Request]:

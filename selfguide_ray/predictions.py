@@ -1,86 +1,102 @@
 """Every system answers the held-out instances of every task; nothing is left out (statement 24)."""
 
 import contextlib
-from collections import Counter
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from selfguide_ray.baselines import CHOICES, FLOORS, shown
 from selfguide_ray.config import Config
-from selfguide_ray.engine import Engine, Request, SamplingParams, share_prefix
+from selfguide_ray.engine import Completion, Engine, Request, SamplingParams, share_prefix
 from selfguide_ray.errors import SelfGuideError
-from selfguide_ray.prompts import Prompt, Prompts, held_to_labels
+from selfguide_ray.prompts import Prompts, held_to_labels
 from selfguide_ray.run import Run, model_of
-from selfguide_ray.schema import TABLES, Instance, Task, tasks_of
+from selfguide_ray.schema import TABLES, Example, Instance, Task, evaluated, row_seed, tasks_of
 from selfguide_ray.student import facts
-
-WITHOUT_MODEL = {
-    "copy": lambda task, instance: instance.input,
-    # The constant that the task's held-out references favour most: an oracle floor that no constant answer beats.
-    "majority": lambda task, instance: majority(task),
-}
-EXAMPLES: dict[str, Callable[[Task], int]] = {
-    "zero_shot": lambda task: 0,
-    "few_shot": lambda task: len(task.examples),
-    "few_shot_tuned": lambda task: len(task.examples),
-    "selfguide": lambda task: len(task.examples),  # the paper's tuned model keeps its demonstrations (spec §2)
-}
-SYSTEMS = (*WITHOUT_MODEL, *EXAMPLES)
-
-
-def majority(task: Task) -> str:
-    """The commonest first reference of the task's instances; the first met wins a tie."""
-    return Counter(instance.references[0] for instance in task.instances).most_common(1)[0][0]
+from selfguide_ray.votes import candidate
 
 
 class Predictions:
-    """tasks, models → predictions. Prompted systems decode greedily from the annotator's own prompt."""
+    """tasks, models → predictions. Systems decode greedily from the annotator's own prompt, unless they choose of samples."""
 
     writes: ClassVar = "predictions"
-    reads: ClassVar = {"tasks": None}
 
     def __init__(self, config: Config, run: Run, engine: Engine) -> None:
         self.config, self.run, self.engine = config, run, engine
+        self.reads: dict[str, tuple[str, ...] | None] = {"tasks": None}
+        if "self_icl" in config.predictions.systems:  # its prompts show pairs
+            self.reads["trainset"] = ("task", "system", "input", "output", "drop_reason")
         self.student = facts(config.student)
         limit, new_tokens = config.student.max_prompt_tokens, config.outputs.max_new_tokens
         self.prompts = Prompts.within(engine.tokenizer, limit, engine.context, new_tokens)
         self.params = SamplingParams(max_new_tokens=new_tokens, stops=self.prompts.answer_stops)
+        sampling = config.outputs
+        self.sampled = replace(
+            self.params,
+            n=sampling.samples,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+        )
 
-    def __call__(self, tasks: pa.Table) -> pa.Table:
+    def __call__(self, tasks: pa.Table, trainset: pa.Table | None = None) -> pa.Table:
         """The rows of `predictions` for a shard."""
         rows: list[dict[str, Any]] = []
-        asked: list[dict[str, Any]] = []
+        asked: list[tuple[Task, dict[str, Any]]] = []
+        pairs = [] if trainset is None else _in_context(trainset)
         requests: list[Request] = []
         with contextlib.ExitStack() as stack:
-            for task in tasks_of(tasks):
+            for task in evaluated(tasks_of(tasks), self.config.predictions.instances):
+                mine = [Example(row["input"], row["output"]) for row in pairs if row["task"] == task.name]
                 adapters = {name: self._adapter(task, name, stack) for name in self.config.predictions.tuned}
                 for system in self.config.predictions.systems:
-                    mine = [_row(task, instance, system) for instance in task.instances]
-                    rows += mine
-                    if system in EXAMPLES:
-                        answered, wanted = self._ask(task, mine, system, adapters.get(system))
-                        asked += answered
-                        requests += wanted
+                    theirs = [_row(task, instance, system) for instance in task.instances]
+                    rows += theirs
+                    if system in FLOORS:
+                        for row, instance in zip(theirs, task.instances, strict=True):
+                            row.update(prediction=FLOORS[system](task, instance), finish_reason="stop")
                     else:
-                        for row, instance in zip(mine, task.instances, strict=True):
-                            row.update(prediction=WITHOUT_MODEL[system](task, instance), finish_reason="stop")
-            for row, (completion,) in zip(asked, self.engine.generate(requests), strict=True):
-                row.update(prediction=completion.text.strip(), finish_reason=completion.finish_reason)
+                        examples = shown(system, task, mine, self.config.seed)
+                        answered, wanted = self._ask(task, theirs, system, examples, adapters.get(system))
+                        asked += [(task, row) for row in answered]
+                        requests += wanted
+            for (task, row), completions in zip(asked, self.engine.generate(requests), strict=True):
+                row.update(prediction=self._chosen(task, row["system"], completions))
+                row.update(finish_reason=completions[0].finish_reason)
         return pa.Table.from_pylist(rows, schema=TABLES["predictions"])
 
     def _ask(
-        self, task: Task, rows: list[dict[str, Any]], system: str, adapter: str | None
+        self,
+        task: Task,
+        rows: list[dict[str, Any]],
+        system: str,
+        examples: tuple[Example, ...],
+        adapter: str | None,
     ) -> tuple[list[dict[str, Any]], list[Request]]:
         """The rows that an engine answers and their requests; a prompt without room is answered by nothing, which is wrong."""
-        shown = task.examples[: EXAMPLES[system](task)]
-        prompts: list[Prompt] = [self.prompts.answering(task, row["input"], shown) for row in rows]
+        prompts = [self.prompts.answering(task, row["input"], examples) for row in rows]
         for row in rows:
             row.update(prediction="", finish_reason="too_long")
         asked = [(row, prompt.ids) for row, prompt in zip(rows, prompts, strict=True) if not prompt.too_long]
+        answered = [row for row, _ in asked]
         split = share_prefix([ids for _, ids in asked])
-        params = held_to_labels(self.params, task, self.config.predictions.labels, self.prompts)
-        return [row for row, _ in asked], [Request(a, b, params, adapter=adapter) for a, b in split]
+        if system in CHOICES:  # samples like those of `outputs`, the same for both systems that choose of them
+            params = held_to_labels(self.sampled, task, self.config.outputs.labels, self.prompts)
+            seeds = [row_seed(self.config.seed, task.name, "sampled", row["id"]) for row in answered]
+        else:
+            params = held_to_labels(self.params, task, self.config.predictions.labels, self.prompts)
+            seeds = [0] * len(answered)
+        wanted = [Request(a, b, params, seed, adapter) for (a, b), seed in zip(split, seeds, strict=True)]
+        return answered, wanted
+
+    def _chosen(self, task: Task, system: str, completions: list[Completion]) -> str:
+        """The answer of a system; nothing where no sample of several survives, which is wrong."""
+        if system not in CHOICES:
+            return completions[0].text.strip()
+        candidates = [candidate(completion) for completion in completions]
+        return CHOICES[system](task, candidates, self.config.trainset) or ""
 
     def _adapter(self, task: Task, system: str, stack: contextlib.ExitStack) -> str | None:
         """The tuned model's folder. A task that had nothing to learn from keeps the student as it is."""
@@ -103,6 +119,12 @@ class Predictions:
                 "Set student.model to the model it was trained on, or train it again in another run=DIR.",
             )
         return str(stack.enter_context(self.run.local_copy(folder)))
+
+
+def _in_context(trainset: pa.Table) -> list[dict[str, Any]]:
+    """The pairs that `self_icl` shows; they are those that `self_icl_tuned` learns."""
+    chosen = pc.and_(pc.equal(trainset["system"], "self_icl_tuned"), pc.is_null(trainset["drop_reason"]))
+    return trainset.filter(chosen).to_pylist()
 
 
 def _row(task: Task, instance: Instance, system: str) -> dict[str, Any]:

@@ -255,6 +255,8 @@ def made_by(table: str, config: Config, student: dict[str, Any]) -> dict[str, An
     below = {name: digest(made_by(name, config, student)) for name in READS[table]}
     section = config.model_dump(mode="json")[table]
     settings = {k: v for k, v in section.items() if k not in RESULT_FREE.get(table, ())}
+    if table == "trainset":
+        settings["taught"] = list(config.predictions.taught)
     speaker = config.student.model_dump(mode="json", exclude=RESULT_FREE["student"] | {"model"}) | student
     return {
         table: settings,

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import pyarrow as pa
@@ -41,6 +41,8 @@ class Task:
     metric: str = "rouge_l"
     noise_words: tuple[str, ...] = ()
     instances: tuple[Instance, ...] = ()
+    validation: tuple[Instance, ...] = ()  # set apart to choose settings by
+    gold: tuple[Instance, ...] = ()  # set apart for gold fine-tuning to learn from
     languages: tuple[str, ...] = field(default=(), compare=False)
     sources: tuple[str, ...] = field(default=(), compare=False)
 
@@ -66,6 +68,7 @@ ITEM = "ITEM:"  # stands before every item in both prompts, so a student may ech
 
 EXAMPLE = pa.struct([("input", pa.string()), ("output", pa.string())])
 INSTANCE = pa.struct([("id", pa.string()), ("input", pa.string()), ("references", pa.list_(pa.string()))])
+PEOPLES = ("instances", "validation", "gold")  # columns of `tasks` with what people wrote beyond the examples
 # An answer; its probability is that of its label among the task's labels, where the student was held to them.
 CANDIDATE = pa.struct(
     [
@@ -94,7 +97,7 @@ TABLES: dict[str, pa.Schema] = {
             ("category", pa.string()),
             ("metric", pa.string()),
             ("noise_words", pa.list_(pa.string())),
-            ("instances", pa.list_(INSTANCE)),
+            *((name, pa.list_(INSTANCE)) for name in PEOPLES),
         ]
     ),
     "inputs": pa.schema(
@@ -161,7 +164,7 @@ TABLES: dict[str, pa.Schema] = {
 }
 
 # What the stages that make training data may see of a task: never its held-out instances.
-TASK_COLUMNS = tuple(name for name in TABLES["tasks"].names if name != "instances")
+TASK_COLUMNS = tuple(name for name in TABLES["tasks"].names if name not in PEOPLES)
 
 TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
@@ -183,6 +186,11 @@ def row_seed(run_seed: int, *identity: str | int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
+def evaluated(tasks: Iterable[Task], instances: str) -> list[Task]:
+    """The tasks with what systems are judged by as their `instances`: those `held_out`, or those for `validation`."""
+    return [replace(task, instances=task.validation) if instances == "validation" else task for task in tasks]
+
+
 def task_rows(tasks: Iterable[Task]) -> pa.Table:
     """Tasks as rows of the table `tasks`."""
     rows = [
@@ -194,7 +202,7 @@ def task_rows(tasks: Iterable[Task]) -> pa.Table:
             "category": task.category,
             "metric": task.metric,
             "noise_words": list(task.noise_words),
-            "instances": [vars(i) | {"references": list(i.references)} for i in task.instances],
+            **{name: [vars(i) | {"references": list(i.references)} for i in getattr(task, name)] for name in PEOPLES},
         }
         for task in tasks
     ]
@@ -202,7 +210,7 @@ def task_rows(tasks: Iterable[Task]) -> pa.Table:
 
 
 def tasks_of(table: pa.Table) -> list[Task]:
-    """Rows of `tasks` as tasks; read without the column `instances`, a task has none."""
+    """Rows of `tasks` as tasks; read without the columns of PEOPLES, a task has nothing there."""
     return [
         Task(
             name=row["task"],
@@ -212,7 +220,10 @@ def tasks_of(table: pa.Table) -> list[Task]:
             category=row["category"],
             metric=row["metric"],
             noise_words=tuple(row["noise_words"]),
-            instances=tuple(Instance(i["id"], i["input"], tuple(i["references"])) for i in row.get("instances", ())),
+            **{
+                name: tuple(Instance(i["id"], i["input"], tuple(i["references"])) for i in row.get(name, ()))
+                for name in PEOPLES
+            },
         )
         for row in table.to_pylist()
     ]

@@ -9,7 +9,7 @@ from selfguide_ray.config import Config
 from selfguide_ray.engine import Engine
 from selfguide_ray.metrics import METRICS, bootstrap_interval, macro_f1
 from selfguide_ray.run import Run
-from selfguide_ray.schema import TABLES, Task, row_seed, tasks_of
+from selfguide_ray.schema import TABLES, Task, evaluated, row_seed, tasks_of
 
 
 class Scores:
@@ -26,7 +26,7 @@ class Scores:
         answers = {(row["task"], row["system"], row["id"]): row["prediction"] for row in predictions.to_pylist()}
         rows = [
             {"task": task.name, "category": task.category, "system": system, "n": len(task.instances)} | score
-            for task in tasks_of(tasks)
+            for task in evaluated(tasks_of(tasks), self.config.predictions.instances)
             if task.instances
             for system in self.config.predictions.systems
             for score in self._scores(task, system, [answers[task.name, system, i.id] for i in task.instances])

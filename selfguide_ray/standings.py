@@ -16,6 +16,7 @@ FLOORS, PROMPTED, TUNED = ("copy", "majority"), ("zero_shot", "few_shot"), "self
 RESAMPLES = 10_000  # of tasks, behind the interval of the uplift
 FEW_TASKS = 6  # with fewer, even a coin falls on the same side every time in more than 1 of 20 runs
 KNOWN = get_args(SystemName)
+USUAL = (*FLOORS, *PROMPTED, "few_shot_tuned", TUNED)  # the systems that a report misses where they were not run
 
 
 def best_of(values: Iterable[float | None]) -> float | None:
@@ -66,7 +67,7 @@ class Board:
 def standings(board: Board, family: str) -> dict[str, Any]:
     """A family's systems, run or not, with their scores and means; the floor; and the uplift."""
     systems = []
-    for name in [*board.systems, *(name for name in KNOWN if name not in board.systems)]:
+    for name in [*board.systems, *(name for name in USUAL if name not in board.systems)]:
         values, mean = list(board.values(family, name).values()), board.mean(family, name)
         systems.append({"name": name, "floor": name in FLOORS, "mean": mean, "values": values})
     ran = [system for system in systems if system["values"]]

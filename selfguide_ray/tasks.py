@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from selfguide_ray.config import Config
+from selfguide_ray.config import Tasks as Settings
 from selfguide_ray.embedded import resolve
 from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.run import PLAN, Run
@@ -90,7 +91,7 @@ def selected(config: Config, refusals: list[Refusal]) -> Iterator[Task]:
             if wanted(task.name, task):
                 _check(task, file.origin, seen)
                 seen.add(task.name)
-                yield held_out(task, task.name in official, config.tasks.instances, config.seed)
+                yield set_apart(task, task.name in official, config.tasks, config.seed)
         except SelfGuideError as error:
             if config.tasks.strict:
                 raise
@@ -112,16 +113,33 @@ def _check(task: Task, origin: str, seen: set[str]) -> None:
         )
 
 
-def held_out(task: Task, official: bool, limit: int, seed: int) -> Task:
-    """The task with at most `limit` instances: the first ones of an official test task, in order, else a seeded sample.
+def set_apart(task: Task, official: bool, settings: Settings, seed: int) -> Task:
+    """The task with its held-out instances, and of the others those for validation and for gold fine-tuning.
 
-    Upstream put the test instances first; other files are often sorted by class, so their beginning would be one class.
+    Held out are the first ones of an official test task, in order, else a seeded sample: upstream put the test instances
+    first; other files are often sorted by class, so their beginning would be one class.
     """
-    instances = task.instances[:limit]
-    if not official and len(task.instances) > limit:
-        rng = random.Random(row_seed(seed, task.name, "instances"))
-        instances = tuple(task.instances[i] for i in sorted(rng.sample(range(len(task.instances)), limit)))
-    return replace(task, instances=instances)
+    limit, everything = settings.instances, range(len(task.instances))
+    held_out = list(everything[:limit])
+    if not official and len(everything) > limit:
+        held_out = sorted(random.Random(row_seed(seed, task.name, "instances")).sample(everything, limit))
+    left = stratified(task, sorted(set(everything) - set(held_out)), seed)
+    validation, gold = left[: settings.validation], left[settings.validation :][: settings.gold]
+    chosen = {"instances": held_out, "validation": sorted(validation), "gold": sorted(gold)}
+    return replace(task, **{name: tuple(task.instances[i] for i in places) for name, places in chosen.items()})
+
+
+def stratified(task: Task, places: list[int], seed: int) -> list[int]:
+    """Instances in random order, such that every first part of it has the answers in proportion (spec F3).
+
+    Only classes are told apart; a generation task's answers are all different.
+    """
+    random.Random(row_seed(seed, task.name, "validation")).shuffle(places)
+    groups: dict[str, list[int]] = {}
+    for place in places:
+        groups.setdefault(task.instances[place].references[0] if task.labels else "", []).append(place)
+    spaced = [((at + 0.5) / len(group), place) for group in groups.values() for at, place in enumerate(group)]
+    return [place for _, place in sorted(spaced, key=lambda one: one[0])]
 
 
 def find_splits(config: Config) -> Path | None:

@@ -4,27 +4,27 @@ All thresholds on answers live in this section, so changing one makes this table
 """
 
 import random
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar
 
 import pyarrow as pa
 
+from selfguide_ray.baselines import taught
 from selfguide_ray.config import Config
-from selfguide_ray.config import Trainset as Settings
 from selfguide_ray.engine import Engine
-from selfguide_ray.filters import Rules, Verdict, find_label, judge, length_bounds, noise_pattern
+from selfguide_ray.filters import Verdict
 from selfguide_ray.prompts import Prompts
 from selfguide_ray.run import Run
 from selfguide_ray.schema import TABLES, TASK_COLUMNS, Example, Task, row_seed, tasks_of
+from selfguide_ray.votes import elect
 
 
 class Trainset:
     """tasks, outputs → trainset."""
 
     writes: ClassVar = "trainset"
-    reads: ClassVar = {"tasks": TASK_COLUMNS, "outputs": None}
+    reads: ClassVar = {"tasks": (*TASK_COLUMNS, "gold"), "outputs": None}
 
     def __init__(self, config: Config, run: Run, engine: Engine) -> None:
         self.config, limit = config, config.student.max_prompt_tokens
@@ -32,15 +32,19 @@ class Trainset:
         self.longest = min(config.trainset.max_tokens, engine.context)
 
     def __call__(self, tasks: pa.Table, outputs: pa.Table) -> pa.Table:
-        """The rows of `trainset` for a shard: one for each row of `outputs`, and one for each example of a task."""
+        """The rows of `trainset` for a shard: one for each row of `outputs`, and those of the tuned baselines."""
         rows = []
         answered = outputs.to_pylist()
         for task in tasks_of(tasks):
-            mine = [self._pair(task, row) for row in answered if row["task"] == task.name]
+            theirs = [row for row in answered if row["task"] == task.name]
+            mine = [self._pair(task, row) for row in theirs]
             if task.labels and self.config.trainset.balance:
                 balance(mine, row_seed(self.config.seed, task.name, "balance"))
             rows += [row | {"system": "selfguide"} for row in mine]
-            rows += [self._example(task, index) | {"system": "few_shot_tuned"} for index in range(len(task.examples))]
+            for system in self.config.predictions.taught:
+                for one in taught(system, task, mine, theirs, self.config):
+                    pair = {"task": task.name, "system": system, "id": one.id, "input": one.input}
+                    rows.append(self._rendered(pair, task, one.output, one.shown))
         return pa.Table.from_pylist(rows, schema=TABLES["trainset"])
 
     def _pair(self, task: Task, row: dict[str, Any]) -> dict[str, Any]:
@@ -64,12 +68,6 @@ class Trainset:
             return None
         return output
 
-    def _example(self, task: Task, index: int) -> dict[str, Any]:
-        """One of the task's examples as a pair; its prompt shows the others, so that the answer is not in it."""
-        example = task.examples[index]
-        pair = {"task": task.name, "id": f"example{index}", "input": example.input.strip()}
-        return self._rendered(pair, task, example.output.strip(), task.examples[:index] + task.examples[index + 1 :])
-
     def _rendered(self, pair: dict[str, Any], task: Task, output: str, shown: Sequence[Example]) -> dict[str, Any]:
         """The pair with its prompt and completion, and its verdict if they are too long."""
         prompt = self.prompts.answering(task, pair["input"], shown)
@@ -81,62 +79,6 @@ class Trainset:
         elif tokens > self.longest:
             pair.update(asdict(Verdict("too_long", float(tokens), f"{self.longest} tokens")))
         return pair
-
-
-def elect(task: Task, candidates: list[dict[str, Any]], settings: Settings) -> tuple[str | None, dict[str, Any]]:
-    """The answer that wins the vote, and the columns that tell how; None and a drop reason if none does.
-
-    The `keep` likeliest candidates pass the filters and vote (statements 13-16): most votes, then shortest, then first.
-    """
-    likeliest = sorted(range(len(candidates)), key=lambda i: (-candidates[i]["logprob"], i))[: settings.keep]
-    rules = answer_rules(task, settings)
-
-    def weight(candidate: dict[str, Any]) -> float:
-        known = settings.vote_weight == "probability" and candidate["probability"] is not None
-        return candidate["probability"] if known else 1
-
-    verdicts: list[str | None] = ["not_kept"] * len(candidates)
-    ballots: list[str] = []
-    weights: Counter[str] = Counter()
-    for index in sorted(likeliest):
-        vote = cast_vote(candidates[index]["output"], task, rules, settings)
-        verdicts[index] = vote.drop_reason if isinstance(vote, Verdict) else None
-        if not isinstance(vote, Verdict):
-            ballots.append(vote)
-            weights[vote] += weight(candidates[index])
-    told: dict[str, Any] = {"verdicts": verdicts, "voters": len(ballots), "votes": 0}
-    if not ballots:
-        # Nobody votes: the commonest reason among the candidates is the row's.
-        reasons = Counter(verdict for verdict in verdicts if verdict != "not_kept")
-        return None, told | asdict(Verdict(reasons.most_common(1)[0][0] or "empty", 0.0, "at least 1 vote"))
-    winner = min(weights, key=lambda text: (-weights[text], len(text), ballots.index(text)))
-    told["votes"] = ballots.count(winner)
-    voting = weights.total() if settings.vote_among == "survivors" else sum(weight(candidates[i]) for i in likeliest)
-    share = weights[winner] / voting if voting else 0.0
-    if share < settings.min_frequency:
-        return None, told | asdict(Verdict("no_majority", share, f"at least {settings.min_frequency:g} of the votes"))
-    return winner, told
-
-
-def answer_rules(task: Task, settings: Settings) -> Rules:
-    """The filters' bounds for answers, from the examples' outputs."""
-    shown = [example.output.strip() for example in task.examples]
-    lengths = length_bounds(shown, settings.length_sigmas, settings.length_slack)
-    wanted = settings.length_filter.of(task.labels)
-    return Rules(
-        lengths if wanted else None, noise_pattern((*settings.noise_words, *task.noise_words), [*shown, *task.labels])
-    )
-
-
-def cast_vote(text: str, task: Task, rules: Rules, settings: Settings) -> str | Verdict:
-    """A candidate's vote, or why it has none."""
-    text = text.strip()
-    verdict = judge(text, rules)
-    if verdict is not None or not task.labels:
-        return verdict or text
-    if settings.extract_labels:
-        return find_label(text, task.labels)
-    return text if text in task.labels else Verdict("no_label")
 
 
 def balance(rows: list[dict[str, Any]], seed: int) -> None:

@@ -137,7 +137,7 @@ def test_a_text_that_is_no_yaml_is_taken_as_it_stands(name):
         ("models.zero_stage=4", "models.zero_stage is 4.",
          "models.zero_stage: How far DeepSpeed shards optimiser, gradients and weights over a group's workers."),
         ("predictions.systems=[]", "predictions.systems is [].",
-             "predictions.systems: The systems, floors first; few_shot_tuned learns from the examples alone."),
+             "predictions.systems: The systems, floors first; the README tells what each is."),
         ("run=[a]", "run is ['a'].", "run: The run's folder: a path, or a URI such as s3://bucket/run."),
     ],
 )  # fmt: skip

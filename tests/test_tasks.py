@@ -1,14 +1,16 @@
 """The plan: which tasks are selected, what is held out, and what is refused."""
 
 import json
+from collections import Counter
 
 import pytest
 
+from selfguide_ray.config import Tasks as Settings
 from selfguide_ray.config_file import load
 from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.run import Run
 from selfguide_ray.schema import tasks_of
-from selfguide_ray.tasks import held_out, plan, selected
+from selfguide_ray.tasks import plan, selected, set_apart
 
 STUDENT = {"model": "none", "fingerprint": "scripted"}
 
@@ -151,11 +153,30 @@ def test_a_test_task_holds_out_its_first_instances_and_others_a_seeded_sample(se
 
 def test_holding_out_touches_nothing_but_instances(make_task):
     task = make_task(instances=[(f"text {i}", f"thing {i}") for i in range(9)])
-    left = held_out(task, official=False, limit=4, seed=0)
+    left = set_apart(task, official=False, settings=Settings(instances=4), seed=0)
     assert len(left.instances) == 4
     assert set(left.instances) < set(task.instances)
     assert (left.name, left.examples, left.instruction) == (task.name, task.examples, task.instruction)
-    assert held_out(task, official=False, limit=9, seed=0) == task
+    assert set_apart(task, official=False, settings=Settings(instances=9), seed=0) == task
+
+
+def test_instances_for_validation_and_gold_are_others_in_the_proportions_of_the_answers(make_task):
+    rights = ["yes"] * 60 + ["no"] * 30 + ["maybe"] * 10
+    task = make_task(labels=("yes", "no", "maybe"), instances=[(f"text {i}", right) for i, right in enumerate(rights)])
+    for official in (False, True):
+        cut = set_apart(task, official, Settings(instances=50, validation=20, gold=20), seed=0)
+        parts = [{i.id for i in part} for part in (cut.instances, cut.validation, cut.gold)]
+        assert [len(part) for part in parts] == [50, 20, 20]
+        assert len(set.union(*parts)) == 90
+        left = Counter(i.references[0] for i in task.instances if i not in cut.instances)
+        for part in (cut.validation, cut.gold):
+            counts = Counter(i.references[0] for i in part)
+            assert all(abs(counts[answer] - 20 * count / 50) <= 1 for answer, count in left.items())
+        assert cut.instances == set_apart(task, official, Settings(instances=50), seed=0).instances
+        assert cut.validation == set_apart(task, official, Settings(instances=50, validation=20), seed=0).validation
+        assert cut.validation != set_apart(task, official, Settings(instances=50, validation=20), seed=1).validation
+    few = set_apart(task, official=False, settings=Settings(instances=95, validation=20, gold=20), seed=0)
+    assert (len(few.instances), len(few.validation), len(few.gold)) == (95, 5, 0)  # there are no more
 
 
 # --- broken files ----------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from selfguide_ray.engine.scripted import ScriptedEngine
 from selfguide_ray.inputs import Inputs
 from selfguide_ray.outputs import Outputs
 from selfguide_ray.schema import TABLES, task_rows
-from selfguide_ray.trainset import Trainset, balance, elect
+from selfguide_ray.trainset import Trainset, balance
+from selfguide_ray.votes import elect
 
 FREE = {"length_filter": False}
 

@@ -1,0 +1,81 @@
+"""The vote among the sampled answers of one input (spec §1.4): who may vote, for what, and who wins."""
+
+from collections import Counter
+from dataclasses import asdict
+from typing import Any
+
+from selfguide_ray.config import Trainset as Settings
+from selfguide_ray.engine import Completion
+from selfguide_ray.filters import Rules, Verdict, find_label, judge, length_bounds, noise_pattern
+from selfguide_ray.schema import Task
+
+
+def candidate(completion: Completion) -> dict[str, Any]:
+    """A sampled answer as `outputs` keeps it."""
+    return {
+        "output": completion.text.strip(),
+        "logprob": completion.logprob,
+        "finish_reason": completion.finish_reason,
+        "probability": completion.probability,
+    }
+
+
+def elect(task: Task, candidates: list[dict[str, Any]], settings: Settings) -> tuple[str | None, dict[str, Any]]:
+    """The answer that wins the vote, and the columns that tell how; None and a drop reason if none does.
+
+    The `keep` likeliest candidates pass the filters and vote (statements 13-16): most votes, then shortest, then first.
+    """
+    voting_ones = likeliest(candidates, settings)
+    rules = answer_rules(task, settings)
+
+    def weight(candidate: dict[str, Any]) -> float:
+        known = settings.vote_weight == "probability" and candidate["probability"] is not None
+        return candidate["probability"] if known else 1
+
+    verdicts: list[str | None] = ["not_kept"] * len(candidates)
+    ballots: list[str] = []
+    weights: Counter[str] = Counter()
+    for index in sorted(voting_ones):
+        vote = cast_vote(candidates[index]["output"], task, rules, settings)
+        verdicts[index] = vote.drop_reason if isinstance(vote, Verdict) else None
+        if not isinstance(vote, Verdict):
+            ballots.append(vote)
+            weights[vote] += weight(candidates[index])
+    told: dict[str, Any] = {"verdicts": verdicts, "voters": len(ballots), "votes": 0}
+    if not ballots:
+        # Nobody votes: the commonest reason among the candidates is the row's.
+        reasons = Counter(verdict for verdict in verdicts if verdict != "not_kept")
+        return None, told | asdict(Verdict(reasons.most_common(1)[0][0] or "empty", 0.0, "at least 1 vote"))
+    winner = min(weights, key=lambda text: (-weights[text], len(text), ballots.index(text)))
+    told["votes"] = ballots.count(winner)
+    voting = weights.total() if settings.vote_among == "survivors" else sum(weight(candidates[i]) for i in voting_ones)
+    share = weights[winner] / voting if voting else 0.0
+    if share < settings.min_frequency:
+        return None, told | asdict(Verdict("no_majority", share, f"at least {settings.min_frequency:g} of the votes"))
+    return winner, told
+
+
+def likeliest(candidates: list[dict[str, Any]], settings: Settings) -> list[int]:
+    """Places of the candidates that may vote, those with the highest summed log-probability first."""
+    return sorted(range(len(candidates)), key=lambda i: (-candidates[i]["logprob"], i))[: settings.keep]
+
+
+def answer_rules(task: Task, settings: Settings) -> Rules:
+    """The filters' bounds for answers, from the examples' outputs."""
+    shown = [example.output.strip() for example in task.examples]
+    lengths = length_bounds(shown, settings.length_sigmas, settings.length_slack)
+    wanted = settings.length_filter.of(task.labels)
+    return Rules(
+        lengths if wanted else None, noise_pattern((*settings.noise_words, *task.noise_words), [*shown, *task.labels])
+    )
+
+
+def cast_vote(text: str, task: Task, rules: Rules, settings: Settings) -> str | Verdict:
+    """A candidate's vote, or why it has none."""
+    text = text.strip()
+    verdict = judge(text, rules)
+    if verdict is not None or not task.labels:
+        return verdict or text
+    if settings.extract_labels:
+        return find_label(text, task.labels)
+    return text if text in task.labels else Verdict("no_label")
