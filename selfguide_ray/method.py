@@ -65,9 +65,9 @@ def located(config: Config) -> Config:
     )
 
 
-def synthesize(job: Job) -> None:
+def synthesize(job: Job, shards: Sequence[str] | None = None) -> None:
     """The student writes inputs, answers them, and the pairs are filtered: inputs → outputs → trainset."""
-    _stages(job, [Inputs, Outputs, Trainset], lambda shard: True)
+    _stages(job, [Inputs, Outputs, Trainset], lambda shard: shards is None or shard in shards)
 
 
 def train(job: Job, shards: Sequence[str] | None = None) -> None:

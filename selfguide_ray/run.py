@@ -138,6 +138,20 @@ class Run:
             with file.open("rb") as source, self.fs.open_output_stream(f"{self._path(relative)}/{file.name}") as sink:
                 shutil.copyfileobj(source, sink, 1 << 22)
 
+    def take(self, other: "Run", relative: str) -> bool:
+        """Publish a copy of another run's file, as it is; False if it is here already, or not there."""
+        if self.exists(relative):
+            return False
+        data = other.get(relative)
+        return data is not None and self.put(relative, data, replace=False)
+
+    def take_folder(self, other: "Run", relative: str, last: str) -> None:
+        """Publish a copy of another run's folder; `last` is the file that counts."""
+        with self.scratch(relative.rpartition("/")[0]) as folder, other.local_copy(relative) as theirs:
+            for file in theirs.iterdir():
+                shutil.copy(file, folder / file.name)
+            self.publish(folder, relative, last)
+
     @contextlib.contextmanager
     def local_copy(self, relative: str) -> Iterator[Path]:
         """The files of a folder as a local path; a remote folder is fetched for as long as the block lasts."""

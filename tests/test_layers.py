@@ -28,8 +28,9 @@ LAYERS = [
         "students",
         ["pretraining", "pretraining.made_up", "pretraining.corpus", "pretraining.muon", "pretraining.learning"],
     ),
+    ("searches", ["search", "search.selection"]),
     ("ray", ["executor", "trainer", "progress"]),
-    ("top", ["method", "cli", "pretraining.recipe", "pretraining.command"]),
+    ("top", ["search.walk", "search.command", "method", "cli", "pretraining.recipe", "pretraining.command"]),
 ]
 RANK = {module: rank for rank, (_, modules) in enumerate(LAYERS) for module in modules}
 APART = {"tables, apart"}
