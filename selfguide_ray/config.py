@@ -212,6 +212,8 @@ class Trainset(Section):
     """Answers that hold one of these words or phrases, or a blank line, are dropped; a task may add its own."""
     min_frequency: float = Field(0.3, ge=0, le=1)
     """The most frequent answer needs this share of the votes."""
+    vote: Literal["exact", "consensus"] = "exact"
+    """Generation: the commonest text wins (the reference), or the one most like the others, its mean ROUGE-L as its share."""
     vote_among: Literal["survivors", "samples"] = "survivors"
     """The share is taken of the answers that survive their filters (the reference), or of all that may vote."""
     vote_weight: Literal["one", "probability"] = "one"

@@ -7,6 +7,7 @@ from typing import Any
 from selfguide_ray.config import Trainset as Settings
 from selfguide_ray.engine import Completion
 from selfguide_ray.filters import Rules, Verdict, find_label, judge, length_bounds, noise_pattern
+from selfguide_ray.metrics import f_measure, rouge_tokens
 from selfguide_ray.schema import Task
 
 
@@ -24,6 +25,7 @@ def elect(task: Task, candidates: list[dict[str, Any]], settings: Settings) -> t
     """The answer that wins the vote, and the columns that tell how; None and a drop reason if none does.
 
     The `keep` likeliest candidates pass the filters and vote (statements 13-16): most votes, then shortest, then first.
+    By consensus an answer's share is its mean ROUGE-L with the others; a lone one has all.
     """
     voting_ones = likeliest(candidates, settings)
     rules = answer_rules(task, settings)
@@ -46,13 +48,32 @@ def elect(task: Task, candidates: list[dict[str, Any]], settings: Settings) -> t
         # Nobody votes: the commonest reason among the candidates is the row's.
         reasons = Counter(verdict for verdict in verdicts if verdict != "not_kept")
         return None, told | asdict(Verdict(reasons.most_common(1)[0][0] or "empty", 0.0, "at least 1 vote"))
-    winner = min(weights, key=lambda text: (-weights[text], len(text), ballots.index(text)))
+    if settings.vote == "consensus" and not task.labels:
+        shares = consensus(ballots)
+    else:
+        voters = (
+            weights.total() if settings.vote_among == "survivors" else sum(weight(candidates[i]) for i in voting_ones)
+        )
+        shares = {text: of_all / voters if voters else 0.0 for text, of_all in weights.items()}
+    winner = min(shares, key=lambda text: (-shares[text], len(text), ballots.index(text)))
     told["votes"] = ballots.count(winner)
-    voting = weights.total() if settings.vote_among == "survivors" else sum(weight(candidates[i]) for i in voting_ones)
-    share = weights[winner] / voting if voting else 0.0
+    share = shares[winner]
     if share < settings.min_frequency:
         return None, told | asdict(Verdict("no_majority", share, f"at least {settings.min_frequency:g} of the votes"))
     return winner, told
+
+
+def consensus(ballots: list[str]) -> dict[str, float]:
+    """Each text's mean ROUGE-L with the other ballots, 0-1: the answer with the least expected loss under the samples."""
+    words = [rouge_tokens(text) for text in ballots]
+    shares: dict[str, float] = {}
+    for at, text in enumerate(ballots):
+        if text not in shares:
+            others = [
+                1.0 if other == text else f_measure(words[at], words[i]) for i, other in enumerate(ballots) if i != at
+            ]
+            shares[text] = sum(others) / len(others) if others else 1.0
+    return shares
 
 
 def likeliest(candidates: list[dict[str, Any]], settings: Settings) -> list[int]:

@@ -1,6 +1,7 @@
 """Votes, label clean-up, balance: how answers become training pairs."""
 
 from collections import Counter
+from statistics import fmean
 
 import pyarrow as pa
 import pytest
@@ -10,6 +11,7 @@ from selfguide_ray.config import Trainset as Settings
 from selfguide_ray.config_file import load
 from selfguide_ray.engine.scripted import ScriptedEngine
 from selfguide_ray.inputs import Inputs
+from selfguide_ray.metrics import rouge_l
 from selfguide_ray.outputs import Outputs
 from selfguide_ray.schema import TABLES, task_rows
 from selfguide_ray.trainset import Trainset, balance
@@ -101,6 +103,21 @@ def test_the_ten_likeliest_of_twenty_vote(make_task):  # statement 13
 def test_of_equally_likely_answers_the_first_are_kept(make_task):
     output, told = election(make_task(), "a", "b", "b", logprobs=[-1.0, -1.0, -1.0], keep=1)
     assert (output, told["verdicts"]) == ("a", [None, "not_kept", "not_kept"])
+
+
+def test_by_consensus_the_answer_wins_that_is_most_like_the_others(make_task):
+    texts = ["the old house by the sea", "an old house by the sea", "the old house", "a new car", "a new car"]
+    assert election(make_task(), *texts)[0] == "a new car"  # two of five say just this
+    output, told = election(make_task(), *texts, vote="consensus")
+    assert output == "the old house by the sea"
+    expected = fmean(rouge_l(output, [text]) for text in texts[1:])
+    output, told = election(make_task(), *texts, vote="consensus", min_frequency=0.9)
+    assert (output, told["drop_reason"]) == (None, "no_majority")
+    assert told["measured"] == pytest.approx(expected)
+    assert election(make_task(), "alone", vote="consensus", min_frequency=1.0)[0] == "alone"
+    assert election(make_task(), "?!", "?!", "...", vote="consensus")[0] == "?!"  # no words: equal or not at all alike
+    labels = make_task(labels=("yes", "no"))
+    assert election(labels, "no", "no", "yes", vote="consensus")[1]["votes"] == 2  # labels are counted as ever
 
 
 def test_a_filtered_answer_is_not_replaced_by_a_less_likely_one(make_task):
