@@ -80,6 +80,17 @@ def test_any_model_folder_works(tmp_path, prompts, family, tied):
     assert [c.ids for (c,) in completions] == [greedy(plain_model(folder), p + s, 6) for p, s in prompts[::3]]
 
 
+def test_a_student_in_many_shards_is_read_and_left_as_it_is(tmp_path, reference, prompts):  # statement 28
+    reference.save_pretrained(tmp_path, max_shard_size="2MB")
+    AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(tmp_path)
+    before = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert sum(name.endswith(".safetensors") for name in before) >= 8
+    other = make_engine(Student(model=str(tmp_path)), load().cluster)
+    completions = other.generate(requests(prompts[:4], SamplingParams(max_new_tokens=6)))
+    assert [c.ids for (c,) in completions] == [greedy(reference, p + s, 6) for p, s in prompts[:4]]
+    assert {path.name: path.stat().st_size for path in tmp_path.iterdir()} == before
+
+
 def test_a_row_does_not_depend_on_its_batch(engine, prompts):
     params = SamplingParams(n=3, temperature=0.9, top_k=40, max_new_tokens=12)
     asked = requests(prompts, params)

@@ -118,6 +118,19 @@ def test_the_scripted_student_meets_every_verdict_on_inputs(whole):
     assert sum(reasons.values()) == 8 * ROUNDS * PROMPTS
 
 
+def test_accepted_inputs_grow_about_linearly_with_the_prompts(examples, tmp_path):  # statement 30
+    shares = []
+    for rounds in (8, 40, 160):  # of 50 prompts: 400 to 8,000
+        config = settings(
+            tmp_path, f"inputs={{rounds: {rounds}, prompts_per_round: 50, length_filter: false, noise_words: []}}"
+        )
+        rows = Inputs(config, None, RecordingEngine())(task_rows(examples[:1]))
+        assert rows.num_rows == 50 * rounds
+        shares.append(rows["drop_reason"].null_count / rows.num_rows)
+    assert min(shares) > 0.5
+    assert max(shares) < 1.25 * min(shares)
+
+
 def test_an_accepted_text_is_neither_an_example_nor_another_accepted_text(whole, examples):  # statement 12
     for task in examples:
         texts = [row["input"] for row in rows_of(whole, "inputs", task.name) if row["drop_reason"] is None]
