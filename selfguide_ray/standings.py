@@ -18,6 +18,11 @@ FEW_TASKS = 6  # with fewer, even a coin falls on the same side every time in mo
 KNOWN = get_args(SystemName)
 
 
+def learns(system: str) -> bool:
+    """Whether a system learns: it is neither a floor nor prompted."""
+    return system not in (*FLOORS, *PROMPTED)
+
+
 def best_of(values: Iterable[float | None]) -> float | None:
     """The highest value; None where all are zero or absent, since nothing is best at getting everything wrong."""
     return max((value for value in values if value), default=None)
@@ -82,13 +87,17 @@ def standings(board: Board, family: str) -> dict[str, Any]:
     }
 
 
+def rival_of(board: Board, family: str) -> str | None:
+    """The prompted system with the better mean in a family; None if none was run."""
+    means = {name: mean for name in PROMPTED if (mean := board.mean(family, name)) is not None}
+    return max(means, key=lambda name: means[name], default=None)
+
+
 def uplift(board: Board, family: str) -> dict[str, Any] | None:
     """selfguide less the prompted system with the better mean, paired by task; None if either was not run."""
-    means = {name: mean for name in PROMPTED if (mean := board.mean(family, name)) is not None}
-    tuned = board.values(family, TUNED)
-    if not means or not tuned:
+    rival, tuned = rival_of(board, family), board.values(family, TUNED)
+    if rival is None or not tuned:
         return None
-    rival = max(means, key=lambda name: means[name])
     prompted = board.values(family, rival)
     differences = [tuned[task] - prompted[task] for task in tuned if task in prompted]
     if not differences:
