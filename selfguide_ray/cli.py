@@ -97,8 +97,8 @@ def compare(
 ) -> None:
     """Compare finished runs of the same tasks: each system's mean, SELF-GUIDE's gain over prompting and over the first runs.
 
-    Runs that differ by seed are one argument, with commas between. [low, high] is a 95 % interval over tasks, ± the
-    standard deviation between runs; q of a difference counts all groups and families (Benjamini and Hochberg).
+    Runs that differ by seed are one argument, with commas between. In brackets: a 95 % interval over tasks; after ±: the
+    standard deviation between runs; q: the p-value of a difference, corrected for all groups and families.
 
     Example, an ablation: selfguide compare runs/full-1,runs/full-2 runs/no-filter-1,runs/no-filter-2
     """
