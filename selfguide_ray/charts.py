@@ -46,6 +46,11 @@ def tasks(value: int) -> str:
     return f"{value:,} task" + "s" * (value != 1)
 
 
+def chance(value: float | None) -> str:
+    """A p-value or q-value, three decimals."""
+    return "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
 def duration(seconds: float | None) -> str:
     """Seconds, minutes or hours, whichever is short."""
     if seconds is None:
@@ -74,6 +79,19 @@ def dots(values: Sequence[float], mean: float) -> Markup:
     grid = [Markup('<line class="grid" x1="{0}%" x2="{0}%" y1="0" y2="30"/>').format(x) for x in range(0, 101, 25)]
     stem = Markup('<line class="stem" x1="0" x2="{:.2f}%" y1="15" y2="15"/>').format(mean)
     return _svg("dots", 30, [*grid, stem, *marks, _circle("mean", mean, 6)])
+
+
+def whisker(points: float, low: float | None, high: float | None, scale: tuple[float, float]) -> Markup:
+    """A gain with its interval on a scale from its low to its high end, which holds zero."""
+
+    def place(value: float) -> float:
+        return 100 * (value - scale[0]) / (scale[1] - scale[0])
+
+    zero = Markup('<line class="grid" x1="{0:.2f}%" x2="{0:.2f}%" y1="0" y2="16"/>').format(place(0.0))
+    ends = [place(points if end is None else end) for end in (low, high)]
+    interval = Markup('<line class="interval" x1="{:.2f}%" x2="{:.2f}%" y1="8" y2="8"/>').format(*ends)
+    dot = Markup('<circle cx="{:.2f}%" cy="8" r="3.5"/>').format(place(points))
+    return _svg("whisker", 16, [zero, interval, dot])
 
 
 def stacked(parts: Sequence[dict[str, Any]]) -> Markup:
@@ -115,5 +133,5 @@ def _svg(kind: str, height: int, shapes: Sequence[str]) -> Markup:
 def register(templates: jinja2.Environment) -> None:
     """Make all of it known to a template, and every text in it visible."""
     templates.finalize = visible
-    templates.filters |= {f.__name__: f for f in (number, signed, count, tasks, duration, clipped, name, tone)}
-    templates.globals |= {f.__name__: f for f in (dots, stacked, nested)}
+    templates.filters |= {f.__name__: f for f in (number, signed, chance, count, tasks, duration, clipped, name, tone)}
+    templates.globals |= {f.__name__: f for f in (dots, whisker, stacked, nested)}

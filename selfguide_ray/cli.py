@@ -1,4 +1,4 @@
-"""The command line: `selfguide run CONFIG key=value …`, `selfguide status|report RUN`, `selfguide settings`."""
+"""The command line: `selfguide run CONFIG key=value …`, `selfguide status|report RUN`, `selfguide compare RUN …`."""
 
 import json
 from typing import Annotated
@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from selfguide_ray import __version__
+from selfguide_ray import __version__, comparison
 from selfguide_ray.config_file import fields, load
 from selfguide_ray.method import SELFGUIDE, guarded, perform
 from selfguide_ray.progress import out
@@ -83,6 +83,33 @@ def report(folder: Annotated[str, typer.Argument(metavar="RUN", help="The run's 
     def show() -> int:
         progress_of(Run(folder))
         out.print(headline(Run(folder)))
+        return 0
+
+    raise typer.Exit(guarded(show))
+
+
+@app.command()
+def compare(
+    groups: Annotated[
+        list[str], typer.Argument(metavar="RUN[,RUN…]…", help="Runs; with commas, those of one setting.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+) -> None:
+    """Compare finished runs of the same tasks: each system's mean, SELF-GUIDE's gain over prompting and over the first runs.
+
+    Runs that differ by seed are one argument, with commas between. In brackets: a 95 % interval over tasks; after ±: the
+    standard deviation between runs; q: the p-value of a difference, corrected for all groups and families.
+
+    Example, an ablation: selfguide compare runs/full-1,runs/full-2 runs/no-filter-1,runs/no-filter-2
+    """
+
+    def show() -> int:
+        told = comparison.compare([[run.strip() for run in group.split(",") if run.strip()] for group in groups])
+        if as_json:
+            typer.echo(json.dumps(told))
+            return 0
+        for table in comparison.tables(told):
+            out.print(table)
         return 0
 
     raise typer.Exit(guarded(show))

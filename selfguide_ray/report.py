@@ -14,10 +14,11 @@ from typing import Any, TypeVar
 import jinja2
 import pyarrow as pa
 import pyarrow.compute as pc
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from selfguide_ray import charts
+from selfguide_ray import charts, significance
 from selfguide_ray.config import Config
 from selfguide_ray.failures import failures
 from selfguide_ray.metrics import METRICS
@@ -54,6 +55,7 @@ def write_report(run: Run, config: Config) -> str:
         tables=census(run, models),
         families=[standings(board, family) for family in FAMILIES if board.family(family)],
         board=score_table(board),
+        gains=significance.told(board),
         funnel=funnel(run, plan),
         models=models,
         samples=samples(run, plan),
@@ -66,8 +68,11 @@ def write_report(run: Run, config: Config) -> str:
     return f"{run.uri.rstrip('/')}/report.html"
 
 
-def headline(run: Run) -> Table:
-    """Tasks by systems in each task's own metric, then the mean of each family; only the means if tasks are many."""
+def headline(run: Run) -> Group:
+    """Tasks by systems in each task's own metric, then the mean of each family; only the means if tasks are many.
+
+    Below it a line for each family tells what SELF-GUIDE gains, and how much of that is more than chance.
+    """
     board = Board.read(run, [task for several in read_plan(run).values() for task in several])
     table = Table(caption=None if board.systems else "no scores yet", caption_justify="left")
     table.add_column("task", overflow="ellipsis")
@@ -85,7 +90,8 @@ def headline(run: Run) -> Table:
         if any(value is not None for value in values):
             count = max(len(board.values(family, system)) for system in board.systems)
             table.add_row(f"mean of {count} {family}", SHORT_NAMES[metric], "", *_bold_best(values))
-    return table
+    families = significance.by_family(significance.gains(board))
+    return Group(table, *(Text(significance.line(family)) for family in families))
 
 
 def _bold_best(values: Sequence[float | None]) -> list[Text]:

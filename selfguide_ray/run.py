@@ -89,7 +89,8 @@ class Run:
         parts = [self.read(table, shard, columns) for shard in self.shards(table)]
         schema = TABLES[table]
         empty = schema.empty_table().select(list(columns)) if columns is not None else schema.empty_table()
-        return pa.concat_tables([empty, *(part.replace_schema_metadata() for part in parts)])
+        # A column that shards of an earlier version lack is null in their rows.
+        return pa.concat_tables([empty, *(part.replace_schema_metadata() for part in parts)], promote_options="default")
 
     def write(self, table: str, shard: str, rows: pa.Table, receipt: dict[str, Any]) -> bool:
         """Publish a shard; False, and nothing is touched, if it is already there.

@@ -79,6 +79,17 @@ CANDIDATE = pa.struct(
     ]
 )
 
+# What a system that learns gains over another one, paired by held-out instance: points, 95 % interval, p-value.
+GAIN = pa.struct(
+    [
+        ("system", pa.string()),
+        ("gain", pa.float64()),
+        ("low", pa.float64()),
+        ("high", pa.float64()),
+        ("p", pa.float64()),
+    ]
+)
+
 # What the filter that spoke first measured, the bound it held that against, and the id of the row it found too near.
 VERDICT = [
     ("drop_reason", pa.string()),
@@ -159,6 +170,7 @@ TABLES: dict[str, pa.Schema] = {
             ("n", pa.int32()),
             ("low", pa.float64()),  # 95 % bootstrap interval
             ("high", pa.float64()),
+            ("against", pa.list_(GAIN)),  # of a system that learns, over each prompted system and floor
         ]
     ),
 }

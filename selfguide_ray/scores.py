@@ -7,9 +7,10 @@ import pyarrow as pa
 
 from selfguide_ray.config import Config
 from selfguide_ray.engine import Engine
-from selfguide_ray.metrics import METRICS, bootstrap_interval, macro_f1
+from selfguide_ray.metrics import METRICS, bootstrap_interval, macro_f1, paired_bootstrap
 from selfguide_ray.run import Run
 from selfguide_ray.schema import TABLES, Task, evaluated, row_seed, tasks_of
+from selfguide_ray.standings import learns
 
 
 class Scores:
@@ -31,6 +32,7 @@ class Scores:
             for system in self.config.predictions.systems
             for score in self._scores(task, system, [answers[task.name, system, i.id] for i in task.instances])
         ]
+        self._pair(rows)
         return pa.Table.from_pylist(rows, schema=TABLES["scores"])
 
     def _scores(self, task: Task, system: str, answers: list[str]) -> Iterator[dict[str, Any]]:
@@ -41,6 +43,21 @@ class Scores:
             seed = row_seed(self.config.seed, task.name, "bootstrap")
             resamples = self.config.scores.bootstrap
             low, high = bootstrap_interval(values, resamples, seed) if resamples else (None, None)
-            yield {"metric": name, "value": sum(values) / len(values), "low": low, "high": high}
+            yield {"metric": name, "value": sum(values) / len(values), "low": low, "high": high, "values": values}
         if task.labels:
             yield {"metric": "macro_f1", "value": 100 * macro_f1(answers, references)}
+
+    def _pair(self, rows: list[dict[str, Any]]) -> None:
+        """Give each row `against`; its `values`, instance by instance, which no table keeps, are taken out."""
+        values = {(r["task"], r["metric"], r["system"]): r.pop("values") for r in rows if "values" in r}
+        for row in rows:
+            task, metric, system = row["task"], row["metric"], row["system"]
+            # macro-F1 has no values of instances, and so nothing to pair.
+            ours = values.get((task, metric, system)) if learns(system) else None
+            others = [name for name in self.config.predictions.systems if ours and not learns(name)]
+            seed = row_seed(self.config.seed, task, "bootstrap")
+            row["against"] = [
+                {"system": name}
+                | paired_bootstrap(ours, values[task, metric, name], self.config.scores.bootstrap, seed)._asdict()
+                for name in others
+            ]

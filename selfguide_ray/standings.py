@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from selfguide_ray.config import SystemName
+from selfguide_ray.config import LEARNERS, SystemName
 from selfguide_ray.metrics import bootstrap_interval
 from selfguide_ray.run import Run
 from selfguide_ray.schema import Task
@@ -17,6 +17,11 @@ RESAMPLES = 10_000  # of tasks, behind the interval of the uplift
 FEW_TASKS = 6  # with fewer, even a coin falls on the same side every time in more than 1 of 20 runs
 KNOWN = get_args(SystemName)
 USUAL = (*FLOORS, *PROMPTED, "few_shot_tuned", TUNED)  # the systems that a report misses where they were not run
+
+
+def learns(system: str) -> bool:
+    """Whether a system learns; the others are floors, or prompted."""
+    return system in LEARNERS
 
 
 def best_of(values: Iterable[float | None]) -> float | None:
@@ -83,13 +88,17 @@ def standings(board: Board, family: str) -> dict[str, Any]:
     }
 
 
+def rival_of(board: Board, family: str) -> str | None:
+    """The prompted system with the better mean in a family; None if none was run."""
+    means = {name: mean for name in PROMPTED if (mean := board.mean(family, name)) is not None}
+    return max(means, key=lambda name: means[name], default=None)
+
+
 def uplift(board: Board, family: str) -> dict[str, Any] | None:
     """selfguide less the prompted system with the better mean, paired by task; None if either was not run."""
-    means = {name: mean for name in PROMPTED if (mean := board.mean(family, name)) is not None}
-    tuned = board.values(family, TUNED)
-    if not means or not tuned:
+    rival, tuned = rival_of(board, family), board.values(family, TUNED)
+    if rival is None or not tuned:
         return None
-    rival = max(means, key=lambda name: means[name])
     prompted = board.values(family, rival)
     differences = [tuned[task] - prompted[task] for task in tuned if task in prompted]
     if not differences:

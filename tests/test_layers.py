@@ -22,7 +22,8 @@ LAYERS = [
     ("vocabulary", ["errors", "embedded", "schema", "config", "config_file"]),
     ("files", ["run", "student", "task_files", "failures", "status"]),
     ("tools", ["engine", *(f"engine.{name}" for name in ENGINE), "prompts", "filters", "metrics", "votes"]),
-    ("under the tables", ["tuning", *(f"tuning.{name}" for name in TUNING), "charts", "standings", "baselines"]),
+    ("boards", ["standings", "significance", "comparison", "charts"]),
+    ("under the tables", ["tuning", *(f"tuning.{name}" for name in TUNING), "baselines"]),
     ("tables, apart", ["tasks", "inputs", "outputs", "trainset", "models", "predictions", "scores", "report"]),
     (
         "students",
