@@ -174,6 +174,8 @@ class Inputs(Section):
     """Widen the range at both ends by this share of the mean length; a few examples tell little about lengths."""
     noise_words: tuple[str, ...] = ("input", "output", *CHAT_PHRASES)
     """Texts that hold one of these words or phrases, or a blank line, are dropped; a task may add its own."""
+    prefixes: tuple[str, ...] = ()
+    """Texts that begin with one of these words or phrases, in any case, are dropped."""
 
 
 class Outputs(Section):
@@ -206,6 +208,8 @@ class Trainset(Section):
     """Widen the range at both ends by this share of the mean length."""
     noise_words: tuple[str, ...] = ("input", "output", *CHAT_PHRASES)
     """Answers that hold one of these words or phrases, or a blank line, are dropped; a task may add its own."""
+    prefixes: tuple[str, ...] = ()
+    """Answers that begin with one of these words or phrases, in any case, are dropped."""
     min_frequency: float = Field(0.3, ge=0, le=1)
     """The most frequent answer needs this share of the votes."""
     vote_among: Literal["survivors", "samples"] = "survivors"

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from selfguide_ray.config import Config
 from selfguide_ray.engine import Completion, Engine, Request, SamplingParams, share_prefix
-from selfguide_ray.filters import Rules, Seen, Verdict, clean, judge, length_bounds, noise_pattern
+from selfguide_ray.filters import Rules, Seen, Verdict, clean, judge, length_bounds, noise_pattern, prefix_pattern
 from selfguide_ray.prompts import Prompt, Prompts
 from selfguide_ray.run import Run
 from selfguide_ray.schema import TABLES, TASK_COLUMNS, Task, row_seed, tasks_of
@@ -56,7 +56,11 @@ class Pool:
         shown = [clean(text) for text in self.gold]
         bounds = length_bounds(shown, settings.length_sigmas, settings.length_slack)
         words = (*settings.noise_words, *task.noise_words)
-        self.rules = Rules(bounds if settings.length_filter else None, noise_pattern(words, shown))
+        self.rules = Rules(
+            bounds if settings.length_filter else None,
+            noise_pattern(words, shown),
+            prefix_pattern(settings.prefixes, shown),
+        )
         self.seen = Seen((f"example{i}", text) for i, text in enumerate(self.gold))
         self.accepted: list[str] = []
         self.rows: list[dict[str, Any]] = []
