@@ -38,6 +38,13 @@ def value_of(config, name):
         ("inputs.top_p", 1.0),
         ("inputs.max_new_tokens", 500),
         ("inputs.max_earlier", 10),
+        ("inputs.prefixes", ()),  # none of these is in the reference, or it is dead code there (F42, F43, B14)
+        ("inputs.max_perplexity", None),
+        ("inputs.verify", None),
+        ("inputs.least.classification", 0),
+        ("inputs.least.generation", 0),
+        ("inputs.extra_rounds", 0),
+        ("trainset.prefixes", ()),
         ("inputs.length_filter", True),
         ("inputs.length_sigmas", 2.0),
         ("inputs.length_slack", 0.0),
