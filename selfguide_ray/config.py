@@ -178,6 +178,16 @@ class Inputs(Section):
     """Widen the range at both ends by this share of the mean length; a few examples tell little about lengths."""
     noise_words: tuple[str, ...] = ("input", "output", *CHAT_PHRASES)
     """Texts that hold one of these words or phrases, or a blank line, are dropped; a task may add its own."""
+    prefixes: tuple[str, ...] = ()
+    """Texts that begin with one of these words or phrases, in any case, are dropped."""
+    max_perplexity: float | None = Field(None, ge=1)
+    """Drop inputs that the student wrote with a perplexity per token above this."""
+    verify: float | None = Field(None, ge=0, le=1)
+    """Ask the student if an input is a proper item; drop it if the probability of yes, among yes and no, is below this."""
+    least: PerFamily[int] = per_family(0, 0)
+    """Survivors wanted, of each label asked for or of a generation task; with fewer, extra rounds follow."""
+    extra_rounds: int = Field(0, ge=0)
+    """Rounds that may follow to reach inputs.least; they ask only for labels that lack survivors."""
 
 
 class Outputs(Section):
@@ -210,6 +220,8 @@ class Trainset(Section):
     """Widen the range at both ends by this share of the mean length."""
     noise_words: tuple[str, ...] = ("input", "output", *CHAT_PHRASES)
     """Answers that hold one of these words or phrases, or a blank line, are dropped; a task may add its own."""
+    prefixes: tuple[str, ...] = ()
+    """Answers that begin with one of these words or phrases, in any case, are dropped."""
     min_frequency: float = Field(0.3, ge=0, le=1)
     """The most frequent answer needs this share of the votes."""
     vote: Literal["exact", "consensus"] = "exact"

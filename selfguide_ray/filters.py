@@ -22,6 +22,7 @@ class Rules:
 
     lengths: tuple[float, float] | None  # characters, both ends inclusive; None: any length
     noise: re.Pattern[str] | None
+    prefix: re.Pattern[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,24 @@ def noise_pattern(words: Iterable[str], shown: Sequence[str]) -> re.Pattern[str]
 
     A word or blank line that the task's own examples (`shown`) hold is no noise in this task.
     """
-    patterns = [r"(?<!\w)" * (w[:1].isalnum()) + re.escape(w) + r"(?!\w)" * (w[-1:].isalnum()) for w in words if w]
-    candidates = [BLANK_LINE.pattern, *patterns]
+    candidates = [BLANK_LINE.pattern, *(r"(?<!\w)" * (w[:1].isalnum()) + _whole(w) for w in words if w)]
     banned = [pattern for pattern in candidates if not any(re.search(pattern, text) for text in shown)]
     return re.compile("|".join(banned) or r"(?!)")
+
+
+def prefix_pattern(prefixes: Iterable[str], shown: Sequence[str]) -> re.Pattern[str]:
+    """Matches a text that begins with one of the words, as a whole word in any case (a part of F43).
+
+    A word that begins one of the task's own examples (`shown`) is no reason in this task.
+    """
+    candidates = [_whole(prefix.strip()) for prefix in prefixes if prefix.strip()]
+    banned = [pattern for pattern in candidates if not any(re.match(pattern, text, re.IGNORECASE) for text in shown)]
+    return re.compile("|".join(banned) or r"(?!)", re.IGNORECASE)
+
+
+def _whole(word: str) -> str:
+    """A pattern for the word that does not end inside a longer one."""
+    return re.escape(word) + r"(?!\w)" * (word[-1:].isalnum())
 
 
 def empty(text: str, rules: Rules) -> Finding | None:
@@ -97,7 +112,18 @@ def noise(text: str, rules: Rules) -> Finding | None:
     return (float(found.start()), f"no {found.group().strip() or 'blank line'!r}") if found else None
 
 
-FILTERS: dict[str, Callable[[str, Rules], Finding | None]] = {"empty": empty, "length": length, "noise": noise}
+def prefix(text: str, rules: Rules) -> Finding | None:
+    """A beginning that is not wanted."""
+    found = rules.prefix.match(text) if rules.prefix else None
+    return (None, f"does not begin with {found.group()!r}") if found else None
+
+
+FILTERS: dict[str, Callable[[str, Rules], Finding | None]] = {
+    "empty": empty,
+    "length": length,
+    "noise": noise,
+    "prefix": prefix,
+}
 
 
 def judge(text: str, rules: Rules) -> Verdict | None:

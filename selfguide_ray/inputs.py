@@ -1,6 +1,9 @@
 """The heart of the paper: the student invents inputs, in rounds that feed on their own survivors (spec §1.1, §1.2)."""
 
+import itertools
+import math
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar
@@ -9,10 +12,11 @@ import pyarrow as pa
 
 from selfguide_ray.config import Config
 from selfguide_ray.engine import Completion, Engine, Request, SamplingParams, share_prefix
-from selfguide_ray.filters import Rules, Seen, Verdict, clean, judge, length_bounds, noise_pattern
+from selfguide_ray.filters import Rules, Seen, Verdict, clean, judge, length_bounds, noise_pattern, prefix_pattern
 from selfguide_ray.prompts import Prompt, Prompts
 from selfguide_ray.run import Run
 from selfguide_ray.schema import TABLES, TASK_COLUMNS, Task, row_seed, tasks_of
+from selfguide_ray.verification import Verification
 
 
 class Inputs:
@@ -29,22 +33,34 @@ class Inputs:
     def __call__(self, tasks: pa.Table) -> pa.Table:
         """The rows of `inputs` for a shard's tasks: every text that was generated, with its verdict."""
         pools = [Pool(task, self.config, self.prompts) for task in tasks_of(tasks)]
-        for number in range(max((pool.rounds for pool in pools), default=0)):
-            at_work = [pool for pool in pools if number < pool.rounds]
-            requests = [request for pool in at_work for request in pool.ask(number)]
-            completions = iter(self.engine.generate(requests))
-            for pool in at_work:
-                pool.keep([next(completions)[0] for _ in pool.pending])
+        for number in itertools.count():
+            at_work = [pool for pool in pools if pool.goes_on(number)]
+            if not at_work:
+                break
+            asked = [pool.ask(number) for pool in at_work]
+            written = self._generate(asked)
+            checks = [pool.check(texts) for pool, texts in zip(at_work, written, strict=True)]
+            for pool, texts, answers in zip(at_work, written, self._generate(checks), strict=True):
+                pool.keep(texts, answers)
         return pa.Table.from_pylist([row for pool in pools for row in pool.rows], schema=TABLES["inputs"])
+
+    def _generate(self, asked: list[list[Request]]) -> list[list[Completion]]:
+        """The completions of each task's requests, out of one call of the engine."""
+        requests = [request for mine in asked for request in mine]
+        completions = iter(self.engine.generate(requests) if requests else ())
+        return [[next(completions)[0] for _ in mine] for mine in asked]
 
 
 class Pool:
-    """One task's inputs: asks for a round of new ones, judges them, keeps the survivors."""
+    """One task's inputs: asks for a round of new ones, judges them, keeps the survivors.
+
+    A round is `ask`, `check` if the student is to verify its texts, and `keep`.
+    """
 
     def __init__(self, task: Task, config: Config, prompts: Prompts) -> None:
         settings = config.inputs
         self.task, self.settings, self.prompts, self.seed = task, settings, prompts, config.seed
-        self.rounds = settings.rounds.of(task.labels)
+        self.rounds, self.least = settings.rounds.of(task.labels), settings.least.of(task.labels)
         self.gold = [example.input for example in task.examples]
         self.params = SamplingParams(
             temperature=settings.temperature.of(task.labels),
@@ -56,19 +72,35 @@ class Pool:
         shown = [clean(text) for text in self.gold]
         bounds = length_bounds(shown, settings.length_sigmas, settings.length_slack)
         words = (*settings.noise_words, *task.noise_words)
-        self.rules = Rules(bounds if settings.length_filter else None, noise_pattern(words, shown))
+        self.rules = Rules(
+            bounds if settings.length_filter else None,
+            noise_pattern(words, shown),
+            prefix_pattern(settings.prefixes, shown),
+        )
         self.seen = Seen((f"example{i}", text) for i, text in enumerate(self.gold))
+        verify = settings.verify
+        self.verification = None if verify is None else Verification(task, prompts, verify, config.seed)
         self.accepted: list[str] = []
+        self.survivors: Counter[str | None] = Counter()  # by the label that was asked for
         self.rows: list[dict[str, Any]] = []
         self.pending: list[dict[str, Any]] = []
+
+    def goes_on(self, number: int) -> bool:
+        """Whether there is a round of this number: an ordinary one, or an extra one while survivors lack (B14)."""
+        return number < self.rounds or (number < self.rounds + self.settings.extra_rounds and bool(self.lacking()))
+
+    def lacking(self) -> list[str | None]:
+        """The labels with fewer survivors than wanted; of a generation task, None if the task has fewer."""
+        return [label for label in self.task.labels or (None,) if self.survivors[label] < self.least]
 
     def ask(self, number: int) -> list[Request]:
         """The round's requests; all see the pool as it was before the round (statement 5)."""
         self.pending, drawn = [], []
+        labels = self.lacking() if number >= self.rounds else self.task.labels
         for index in range(self.settings.prompts_per_round):
             row = {"task": self.task.name, "id": f"r{number:03d}i{index:03d}", "round": number, "label": None}
             rng = random.Random(row_seed(self.seed, self.task.name, "prompt", number, index))
-            row["label"] = rng.choice(self.task.labels) if self.task.labels else None
+            row["label"] = rng.choice(labels) if self.task.labels else None
             prompt = self._draw(rng, row["label"])
             if prompt.too_long:
                 bound = f"{self.prompts.max_tokens} tokens"
@@ -88,16 +120,42 @@ class Pool:
         earlier = rng.sample(self.accepted, rng.randint(1, most)) if most else []
         return self.prompts.writing(self.task, gold, earlier, label)
 
-    def keep(self, completions: Sequence[Completion]) -> None:
-        """Judge the round's texts in order; survivors join the pool."""
+    def check(self, completions: Sequence[Completion]) -> list[Request]:
+        """The questions about those of the round's texts that nothing else speaks against; none unless they are verified."""
+        if self.verification is None:
+            return []
+        return self.verification.ask(clean(c.text) for c in completions if self._judge(c) is None)
+
+    def keep(self, completions: Sequence[Completion], answers: Sequence[Completion] = ()) -> None:
+        """Judge the round's texts in order, given the answers to `check`; survivors join the pool."""
+        if self.verification is not None:
+            self.verification.hear(answers)
         for row, completion in zip(self.pending, completions, strict=True):
-            text = clean(completion.text)
-            verdict = judge(text, self.rules) or self.seen.judge(text)
+            text, verdict = clean(completion.text), self._judge(completion)
+            if verdict is None and self.verification is not None:
+                verdict = self.verification.judge(text)
+            row["perplexity"] = perplexity(completion)
             self._record(row, text, completion.finish_reason, verdict)
             if verdict is None:
                 self.seen.add(row["id"], text)
                 self.accepted.append(text)
+                self.survivors[row["label"]] += 1
+
+    def _judge(self, completion: Completion) -> Verdict | None:
+        """The verdict that needs no further question: by the rules, as a duplicate, or by the perplexity."""
+        text, measured, bound = clean(completion.text), perplexity(completion), self.settings.max_perplexity
+        verdict = judge(text, self.rules) or self.seen.judge(text)
+        if verdict is None and bound is not None and measured is not None and measured > bound:
+            return Verdict("incoherent", measured, f"perplexity of at most {bound:g}")
+        return verdict
 
     def _record(self, row: dict[str, Any], text: str, finish_reason: str, verdict: Verdict | None) -> None:
         found = asdict(verdict) if verdict else {}
         self.rows.append({**row, "input": text, "finish_reason": finish_reason, **found})
+
+
+def perplexity(completion: Completion) -> float | None:
+    """exp of minus the mean log-probability of the generated tokens, EOS included; None if there are none."""
+    if not completion.generated_tokens:
+        return None
+    return math.exp(min(700.0, -completion.logprob / completion.generated_tokens))  # e^710 is more than a float holds

@@ -1,4 +1,4 @@
-"""The two prompts of SELF-GUIDE, in our own words, and the one renderer of all stages (spec §1.7).
+"""The two prompts of SELF-GUIDE and that of a check, in our own words, and the one renderer of all stages (spec §1.7).
 
 Annotation, training and every prompted system get the text of `Prompts.answering`, byte for byte (statement 18): it
 ends in the bare assistant header, without trailing white space. The text is the whole truth, special tokens included,
@@ -65,15 +65,29 @@ class Prompts:
                 return prompt
             (earlier or gold).pop()
 
+    def checking(self, task: Task, text: str) -> Prompt:
+        """P3: ask if a text is a proper item of the task, given the inputs of its examples."""
+        shown = [example.input for example in task.examples]
+        while True:
+            request = checking_request(task.instruction, shown, text)
+            prompt = self._prompt([{"role": "user", "content": request}], len(shown))
+            if not prompt.too_long or not shown:
+                return prompt
+            shown.pop()
+
     def completion(self, output: str) -> str:
         """What training teaches after the prompt: the answer and the end of the turn."""
         lead = "" if self.has_chat else " "
         return lead + self._escaped(output.strip()) + self.tokenizer.eos
 
     def labels(self, task: Task) -> tuple[tuple[int, ...], ...]:
-        """The task's labels as token ids behind the prompt; where one begins another, each with the end of the turn."""
+        """The task's labels as `choices`."""
+        return self.choices(task.labels)
+
+    def choices(self, answers: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Answers as token ids behind a prompt; where one begins another, each with the end of the turn."""
         lead = "" if self.has_chat else " "
-        texts = [lead + self._escaped(label.strip()) for label in dict.fromkeys(task.labels)]
+        texts = [lead + self._escaped(answer.strip()) for answer in dict.fromkeys(answers)]
         for end in ("", self.tokenizer.eos):
             ids = sorted(tuple(self.tokenizer.encode(text + end)) for text in texts)
             if all(b[: len(a)] != a for a, b in pairwise(ids)):
@@ -107,20 +121,32 @@ def answering_messages(instruction: str, examples: Sequence[Example], text: str)
 
 def writing_request(instruction: str, gold: Sequence[str], earlier: Sequence[str], label: str | None) -> str:
     """P1 as text (spec §1.7): outputs are never shown, the wanted label stands twice, the item's key is the last line."""
-
-    def items(texts: Sequence[str]) -> str:
-        return "\n\n".join(f"{ITEM} {text.strip()}" for text in texts) or "none"
-
     wanted = f"\nThe only right answer to it must be: {label}" if label is not None else ""
     reminder = f" Its answer must be: {label}" if label is not None else ""
     return (
         "Invent one more test item for the text task described here.\n\n"
         f"### Task\n{instruction}\n\n"
-        f"### Items written by people (keep to their layout, reuse none of their content)\n{items(gold)}\n\n"
-        f"### Items proposed by a model (may be flawed, shown so that you do not repeat them)\n{items(earlier)}\n\n"
+        f"### Items written by people (keep to their layout, reuse none of their content)\n{_items(gold)}\n\n"
+        f"### Items proposed by a model (may be flawed, shown so that you do not repeat them)\n{_items(earlier)}\n\n"
         "### Wanted\nOne new item that the task can be applied to, varied and detailed, different from every item above."
         f"{wanted}\nWrite the item alone: no answer, no greeting, no explanation.{reminder}\n{ITEM}"
     )
+
+
+def checking_request(instruction: str, examples: Sequence[str], text: str) -> str:
+    """P3 as text: the instruction, proper items, the candidate, and the question; the answer's key is the last line."""
+    return (
+        "Judge whether a proposed item is fit for the text task described here.\n\n"
+        f"### Task\n{instruction}\n\n"
+        f"### Proper items\n{_items(examples)}\n\n"
+        f"### Proposed item\n{_items([text])}\n\n"
+        "### Question\nIs the proposed item complete and sensible, laid out like the proper items, and can the task be "
+        "applied to it? Answer with yes or no alone.\nAnswer:"
+    )
+
+
+def _items(texts: Sequence[str]) -> str:
+    return "\n\n".join(f"{ITEM} {text.strip()}" for text in texts) or "none"
 
 
 def plain(messages: Sequence[dict[str, str]]) -> str:

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from selfguide_ray import charts, significance
-from selfguide_ray.config import Config
+from selfguide_ray.config import Config, PerFamily
 from selfguide_ray.failures import failures
 from selfguide_ray.metrics import METRICS
 from selfguide_ray.run import PLAN, READS, Run
@@ -56,7 +56,7 @@ def write_report(run: Run, config: Config) -> str:
         families=[standings(board, family) for family in FAMILIES if board.family(family)],
         board=score_table(board),
         gains=significance.told(board),
-        funnel=funnel(run, plan),
+        funnel=funnel(run, plan) | {"lacking": lacking(run, plan, config.inputs.least)},
         models=models,
         samples=samples(run, plan),
         settings=settings(config),
@@ -129,6 +129,20 @@ def funnel(run: Run, plan: Plan) -> dict[str, Any]:
         "tasks": lines,
         "starved": [line["task"] for line in lines if line["pairs"] == 0],
     }
+
+
+def lacking(run: Run, plan: Plan, least: PerFamily[int]) -> list[tuple[str, str]]:
+    """The tasks with fewer surviving inputs than `inputs.least` wants, and what each has: of the labels that lack, or at all."""
+    found = []
+    for shard in run.shards("inputs") if max(least.classification, least.generation) > 0 else ():
+        rows = _rows(run, "inputs", shard, ["task", "label", "drop_reason"])
+        alive = dict(tally(rows.filter(pc.is_null(rows["drop_reason"])).select(["task", "label"])))
+        for task in plan.get(shard, ()):
+            counts = {label: alive.get((task.name, label), 0) for label in task.labels or (None,)}
+            few = [f"{label} {n}" if label else str(n) for label, n in counts.items() if n < least.of(task.labels)]
+            if few:
+                found.append((task.name, ", ".join(few)))
+    return found
 
 
 def drops(run: Run, plan: Plan, table: str) -> dict[str, Reasons]:

@@ -119,6 +119,7 @@ TABLES: dict[str, pa.Schema] = {
             ("label", pa.string()),
             ("input", pa.string()),
             ("finish_reason", pa.string()),
+            ("perplexity", pa.float64()),  # a token's, under the student as it wrote the text; null: nothing written
             *VERDICT,
         ]
     ),

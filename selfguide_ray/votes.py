@@ -6,7 +6,7 @@ from typing import Any
 
 from selfguide_ray.config import Trainset as Settings
 from selfguide_ray.engine import Completion
-from selfguide_ray.filters import Rules, Verdict, find_label, judge, length_bounds, noise_pattern
+from selfguide_ray.filters import Rules, Verdict, find_label, judge, length_bounds, noise_pattern, prefix_pattern
 from selfguide_ray.metrics import f_measure, rouge_tokens
 from selfguide_ray.schema import Task
 
@@ -85,9 +85,11 @@ def answer_rules(task: Task, settings: Settings) -> Rules:
     """The filters' bounds for answers, from the examples' outputs."""
     shown = [example.output.strip() for example in task.examples]
     lengths = length_bounds(shown, settings.length_sigmas, settings.length_slack)
-    wanted = settings.length_filter.of(task.labels)
+    wanted, legal = settings.length_filter.of(task.labels), [*shown, *task.labels]
     return Rules(
-        lengths if wanted else None, noise_pattern((*settings.noise_words, *task.noise_words), [*shown, *task.labels])
+        lengths if wanted else None,
+        noise_pattern((*settings.noise_words, *task.noise_words), legal),
+        prefix_pattern(settings.prefixes, legal),
     )
 
 

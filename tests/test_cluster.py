@@ -57,7 +57,11 @@ def test_one_and_two_engine_actors_write_the_same(tmp_path, cluster, synthesized
     one, _ = job("synthesize", tmp_path / "one", "tasks.select=example00[145]*", "cluster.engines=1")
     for table in ("tasks", "inputs", "outputs", "trainset"):
         assert one.shards(table) == two.shards(table) == ["00000", "00001", "00002"]
-        assert one.read_all(table).equals(two.read_all(table)), table
+        a, b = one.read_all(table), two.read_all(table)
+        if table == "inputs":  # the rest of the batch is in the last digits of a perplexity
+            assert a["perplexity"].to_pylist() == pytest.approx(b["perplexity"].to_pylist(), rel=1e-3)
+            a, b = a.drop_columns("perplexity"), b.drop_columns("perplexity")
+        assert a.equals(b), table
     assert two.read_all("trainset")["drop_reason"].null_count > 0
 
 

@@ -9,6 +9,7 @@ from selfguide_ray.config import Config
 from selfguide_ray.config_file import fields, load, read
 from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.pretraining import Recipe
+from selfguide_ray.search import Search
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -38,6 +39,13 @@ def value_of(config, name):
         ("inputs.top_p", 1.0),
         ("inputs.max_new_tokens", 500),
         ("inputs.max_earlier", 10),
+        ("inputs.prefixes", ()),  # none of these is in the reference, or it is dead code there (F42, F43, B14)
+        ("inputs.max_perplexity", None),
+        ("inputs.verify", None),
+        ("inputs.least.classification", 0),
+        ("inputs.least.generation", 0),
+        ("inputs.extra_rounds", 0),
+        ("trainset.prefixes", ()),
         ("inputs.length_filter", True),
         ("inputs.length_sigmas", 2.0),
         ("inputs.length_slack", 0.0),
@@ -215,5 +223,7 @@ def test_there_are_configs():
 def test_every_config_of_the_repository_loads(path):
     if path.name.startswith("student-"):
         assert read(Recipe, path) != Recipe()
+    elif path.name.startswith("search"):
+        assert read(Search, path) != Search()
     else:
         assert load(path) != Config()

@@ -5,7 +5,18 @@ import pytest
 from selfguide_ray.config_file import load
 from selfguide_ray.engine import Completion
 from selfguide_ray.engine.scripted import ByteTokenizer
-from selfguide_ray.filters import FILTERS, Rules, Seen, Verdict, clean, find_label, identity, judge, length_bounds
+from selfguide_ray.filters import (
+    FILTERS,
+    Rules,
+    Seen,
+    Verdict,
+    clean,
+    find_label,
+    identity,
+    judge,
+    length_bounds,
+    prefix_pattern,
+)
 from selfguide_ray.inputs import Pool
 from selfguide_ray.prompts import Prompts
 
@@ -101,7 +112,7 @@ def test_a_text_is_dropped_with_the_reason(reasons_of, text, examples, reason):
 )
 def test_the_first_filter_that_speaks_gives_the_reason(reasons_of, text, examples, reason):  # statement 11
     assert reasons_of([text], examples) == [reason]
-    assert list(FILTERS) == ["empty", "length", "noise"]
+    assert list(FILTERS) == ["empty", "length", "noise", "prefix"]
 
 
 def test_kept_and_dropped_rows_add_up_and_each_has_one_reason(rows_of):  # statement 11
@@ -191,6 +202,49 @@ def test_no_rules_let_everything_but_nothing_pass():
     rules = Rules(None, None)
     assert [judge(text, rules) for text in ("x", "an input\n\n")] == [None, None]
     assert judge(" ", rules) == Verdict("empty", 0.0, "at least 1 character")
+
+
+# --- beginnings ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("The premise is this", "prefix"),
+        ("the PREMISE", "prefix"),  # in any case
+        (' "The premise: x"', "prefix"),  # quotes and outer white space are no part of a text
+        ("The premises are these", None),  # a whole word
+        ("Under the premise", None),  # at the beginning alone
+        ("one\nthe premise", None),
+        ("Note: this", "prefix"),
+        ("Note:this", "prefix"),  # what ends in no letter needs no end of a word
+        ("Note this", None),
+        ("a+b", None),
+        ("a.c is", "prefix"),  # no pattern, but text
+        ("abc is", None),
+        ("the premise of an input", "noise"),  # noise comes first
+    ],
+)
+def test_a_beginning_that_is_not_wanted_is_dropped(reasons_of, text, reason):
+    settings = ["inputs.prefixes=[the premise, 'note:', a.c, '']"]
+    assert reasons_of([text], settings=settings) == [reason]
+    assert reasons_of([text]) == [reason if reason == "noise" else None]
+
+
+def test_a_prefix_comes_before_a_duplicate_and_its_verdict_tells_it(rows_of):
+    row = rows_of(["Well then", "x", "X"], settings=["inputs.prefixes=[well]"], examples=("a then", "b" * 90))
+    told = [(r.get("drop_reason"), r.get("measured"), r.get("bound")) for r in row]
+    assert told[0] == ("prefix", None, "does not begin with 'Well'")
+    assert [reason for reason, _, _ in told] == ["prefix", None, "duplicate"]
+    pattern = prefix_pattern(["well"], [])
+    assert judge("Well", Rules(None, None, pattern)) == Verdict("prefix", None, "does not begin with 'Well'")
+
+
+def test_a_prefix_that_begins_an_example_is_no_reason_in_its_task(reasons_of):
+    texts, settings = ["Why not?", "How so?"], ["inputs.prefixes=[why, how]"]
+    assert reasons_of(texts, ("WHY is it?", "b" * 90), settings=settings) == [None, "prefix"]
+    assert reasons_of(texts, ("Whyever", "and why?" * 20), settings=settings) == ["prefix", "prefix"]
+    assert reasons_of(texts, settings=settings) == ["prefix", "prefix"]
 
 
 # --- one item or two -------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ LAYERS = [
     ("files", ["run", "student", "task_files", "failures", "status"]),
     ("tools", ["engine", *(f"engine.{name}" for name in ENGINE), "prompts", "filters", "metrics", "votes"]),
     ("boards", ["standings", "significance", "comparison", "charts"]),
-    ("under the tables", ["tuning", *(f"tuning.{name}" for name in TUNING), "baselines"]),
+    ("under the tables", ["tuning", *(f"tuning.{name}" for name in TUNING), "baselines", "verification"]),
     ("tables, apart", ["tasks", "inputs", "outputs", "trainset", "models", "predictions", "scores", "report"]),
     (
         "students",

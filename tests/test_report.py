@@ -294,6 +294,28 @@ def test_the_funnel_of_a_task(page):
     assert "1 task starved, without a single training pair: starved." in page.text("trainset")
 
 
+def test_tasks_with_fewer_inputs_than_asked_for_are_named(run, page):
+    assert "short of inputs" not in page.text("trainset")
+    labelled = [row | {"label": "sport" if row["id"] in ("r0", "r1", "r7") else "sky"} for row in INPUTS[:9]]
+    run.write("tasks", "00000", task_rows(TASKS[:2]), {"kept": 2})
+    run.write("tasks", "00001", task_rows(TASKS[2:]), {"kept": 2})
+    run.write("tasks", "00002", task_rows([Task("due", "Not made yet.", ())]), {"kept": 1})
+    run.write("inputs", "00000", rows("inputs", labelled), {"seconds": 1.0})
+    run.write("inputs", "00001", rows("inputs", [row for row in INPUTS if row["task"] in ("title", "starved")]), {})
+
+    def told(classification, generation):
+        least = {"classification": classification, "generation": generation}
+        found = re.search(
+            r"[^.]*? short of inputs, .*?\.least: (.*?)\.", report(run, inputs={"least": least}).text("trainset")
+        )
+        return found and found.group(1)
+
+    assert told(0, 0) is None
+    assert told(0, 4) == "starved (0)"
+    assert told(0, 5) == "title (4), starved (0)"
+    assert told(3, 0) == "topic (sport 2, money 0), mood (good 0, bad 0, <b>odd</b> 0)"
+
+
 def test_labels_without_a_training_pair_are_named(page):
     assert page.row("trainset", "topic")[0] == "topic no pair for sky"
     assert page.row("trainset", "mood")[0] == "mood no pair for bad, <b>odd</b>"

@@ -147,6 +147,15 @@ def test_the_length_filter_measures_answers_against_the_examples_outputs(make_ta
     assert election(task, "x" * 9, length_filter=True, length_slack=1.0)[0] == "x" * 9
 
 
+def test_answers_with_a_beginning_that_is_not_wanted_do_not_vote(make_task):
+    task = make_task(examples=[("x", "so it is"), ("y", "z")], labels=("a", "well done"))
+    free = make_task(examples=[("x", "so it is"), ("y", "z")])
+    _, told = election(free, "So what", "Well, a", "welly", prefixes=("so", "well"))
+    assert told["verdicts"] == [None, "prefix", None]  # an example's answer begins with the first
+    _, told = election(task, "well done", "so a", "a", prefixes=("so", "well"), extract_labels=True)
+    assert told["verdicts"] == [None, None, None]  # as does a label with the second
+
+
 def test_words_that_the_examples_answers_use_are_no_noise(make_task):
     task = make_task(examples=[("x", "the input"), ("y", "z")], noise_words=("zebra",))
     _, told = election(task, "my input", "my output", "a zebra")

@@ -65,7 +65,13 @@ class ScriptedEngine:
             if labels and text.strip() not in [label.strip() for label in labels]:
                 text = rng.choice(labels)
             ids = tuple(text.encode())
-            known = {"probability": 1 / len(labels)} if labels else {}
+            known = {}
+            if labels and request.params.label_mode == "score":
+                shares = label_shares(prompt, labels)
+                chosen = [label.strip() for label in labels].index(text.strip())
+                known = {"probability": shares[chosen], "label_probabilities": shares}
+            elif labels:
+                known = {"probability": 1 / len(labels)}
             completions.append(
                 Completion(
                     text, ids, -rng.random() * len(text), "stop", len(prompt), generated_tokens=len(ids), **known
@@ -90,6 +96,13 @@ def write_item(prompt: str, rng: random.Random, memory: dict[str, str]) -> str:
     if draw < 0.12:
         return f"Sure, {text}"
     return f" {text} {text} {text}" if draw < 0.16 else f" {text}"
+
+
+def label_shares(prompt: str, labels: Sequence[str]) -> tuple[float, ...]:
+    """What the labels get of the probability; as with a model, it hangs on the prompt and on no seed."""
+    rng = random.Random(row_seed(0, "labels", prompt))
+    weights = [rng.random() + 1e-6 for _ in labels]
+    return tuple(weight / sum(weights) for weight in weights)
 
 
 def answer_item(prompt: str, rng: random.Random, memory: dict[str, str]) -> str:
