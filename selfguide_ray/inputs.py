@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
+from selfguide_ray import reference
 from selfguide_ray.config import Config
 from selfguide_ray.engine import Completion, Engine, Request, SamplingParams, share_prefix
 from selfguide_ray.filters import Rules, Seen, Verdict, clean, judge, length_bounds, noise_pattern
@@ -24,7 +25,8 @@ class Inputs:
     def __init__(self, config: Config, run: Run, engine: Engine) -> None:
         self.config, self.engine = config, engine
         limit = config.student.max_prompt_tokens
-        self.prompts = Prompts.within(engine.tokenizer, limit, engine.context, config.inputs.max_new_tokens)
+        prompts = reference.PROMPTS[config.method]
+        self.prompts = prompts.within(engine.tokenizer, limit, engine.context, config.inputs.max_new_tokens)
 
     def __call__(self, tasks: pa.Table) -> pa.Table:
         """The rows of `inputs` for a shard's tasks: every text that was generated, with its verdict."""
@@ -58,6 +60,9 @@ class Pool:
         words = (*settings.noise_words, *task.noise_words)
         self.rules = Rules(bounds if settings.length_filter else None, noise_pattern(words, shown))
         self.seen = Seen((f"example{i}", text) for i, text in enumerate(self.gold))
+        self.clean, self.judge = clean, judge
+        if config.method == "reference":
+            self.clean, self.judge, self.rules, self.seen = reference.input_filters(task, settings)
         self.accepted: list[str] = []
         self.rows: list[dict[str, Any]] = []
         self.pending: list[dict[str, Any]] = []
@@ -91,13 +96,13 @@ class Pool:
     def keep(self, completions: Sequence[Completion]) -> None:
         """Judge the round's texts in order; survivors join the pool."""
         for row, completion in zip(self.pending, completions, strict=True):
-            text = clean(completion.text)
-            verdict = judge(text, self.rules) or self.seen.judge(text)
+            text = self.clean(completion.text)
+            verdict = self.judge(text, self.rules) or self.seen.judge(text)
             self._record(row, text, completion.finish_reason, verdict)
             if verdict is None:
                 self.seen.add(row["id"], text)
-                self.accepted.append(text)
+                self.accepted.append(text.strip())
 
     def _record(self, row: dict[str, Any], text: str, finish_reason: str, verdict: Verdict | None) -> None:
         found = asdict(verdict) if verdict else {}
-        self.rows.append({**row, "input": text, "finish_reason": finish_reason, **found})
+        self.rows.append({**row, "input": text.strip(), "finish_reason": finish_reason, **found})

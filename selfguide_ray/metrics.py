@@ -43,10 +43,11 @@ def rouge_tokens(text: str) -> list[str]:
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
     """Highest F-measure of the longest common subsequence of words over the references."""
     answer = rouge_tokens(prediction)
-    return max((_f_measure(answer, rouge_tokens(reference)) for reference in references), default=0.0)
+    return max((f_measure(answer, rouge_tokens(reference)) for reference in references), default=0.0)
 
 
-def _f_measure(answer: list[str], target: list[str]) -> float:
+def f_measure(answer: Sequence[str], target: Sequence[str]) -> float:
+    """F-measure of the longest common subsequence of two sequences; of two texts, of their characters."""
     common = LCSseq.similarity(answer, target)
     if not common:
         return 0.0

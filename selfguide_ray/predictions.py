@@ -7,10 +7,11 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
+from selfguide_ray import reference
 from selfguide_ray.config import Config
 from selfguide_ray.engine import Engine, Request, SamplingParams, share_prefix
 from selfguide_ray.errors import SelfGuideError
-from selfguide_ray.prompts import Prompt, Prompts, held_to_labels
+from selfguide_ray.prompts import Prompt, held_to_labels
 from selfguide_ray.run import Run, model_of
 from selfguide_ray.schema import TABLES, Instance, Task, tasks_of
 from selfguide_ray.student import facts
@@ -44,7 +45,8 @@ class Predictions:
         self.config, self.run, self.engine = config, run, engine
         self.student = facts(config.student)
         limit, new_tokens = config.student.max_prompt_tokens, config.outputs.max_new_tokens
-        self.prompts = Prompts.within(engine.tokenizer, limit, engine.context, new_tokens)
+        self.prompts = reference.PROMPTS[config.method].within(engine.tokenizer, limit, engine.context, new_tokens)
+        self.said = reference.SAID[config.method]
         self.params = SamplingParams(max_new_tokens=new_tokens, stops=self.prompts.answer_stops)
 
     def __call__(self, tasks: pa.Table) -> pa.Table:
@@ -66,7 +68,7 @@ class Predictions:
                         for row, instance in zip(mine, task.instances, strict=True):
                             row.update(prediction=WITHOUT_MODEL[system](task, instance), finish_reason="stop")
             for row, (completion,) in zip(asked, self.engine.generate(requests), strict=True):
-                row.update(prediction=completion.text.strip(), finish_reason=completion.finish_reason)
+                row.update(prediction=self.said(completion.text), finish_reason=completion.finish_reason)
         return pa.Table.from_pylist(rows, schema=TABLES["predictions"])
 
     def _ask(

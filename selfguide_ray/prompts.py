@@ -5,7 +5,7 @@ ends in the bare assistant header, without trailing white space. The text is the
 so BOS is decided here and nowhere else: engines and the trainer get `encode(text)` and add nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
@@ -40,6 +40,7 @@ class Prompts:
         # Where a student has no end of turn of its own, its next turn is cut off (decision on bug B24).
         self.answer_stops = () if self.has_chat else ("\nUSER:", "\nASSISTANT:")
         self.item_stops = () if self.has_chat else ("\nITEM:", "\n###", *self.answer_stops)
+        self.lead = "" if self.has_chat else " "  # what stands between the header and an answer
 
     @classmethod
     def within(cls, tokenizer: Tokenizer, limit: int, context: int, new_tokens: int) -> "Prompts":
@@ -50,7 +51,7 @@ class Prompts:
         """P2: the instruction, a turn for each demonstration (all of the task's unless given), and the new input."""
         shown = list(task.examples if examples is None else examples)
         while True:
-            prompt = self._prompt(answering_messages(task.instruction, shown, text), len(shown))
+            prompt = self._prompt(answering_messages(task.instruction, shown, text), len(shown), self.headed)
             if not prompt.too_long or not shown:
                 return prompt
             shown.pop()
@@ -65,26 +66,29 @@ class Prompts:
                 return prompt
             (earlier or gold).pop()
 
+    def headed(self, text: str) -> str:
+        """How a prompt that wants an answer ends; here in the bare header that it was rendered with."""
+        return text
+
     def completion(self, output: str) -> str:
         """What training teaches after the prompt: the answer and the end of the turn."""
-        lead = "" if self.has_chat else " "
-        return lead + self._escaped(output.strip()) + self.tokenizer.eos
+        return self.lead + self._escaped(output.strip()) + self.tokenizer.eos
 
     def labels(self, task: Task) -> tuple[tuple[int, ...], ...]:
         """The task's labels as token ids behind the prompt; where one begins another, each with the end of the turn."""
-        lead = "" if self.has_chat else " "
-        texts = [lead + self._escaped(label.strip()) for label in dict.fromkeys(task.labels)]
+        texts = [self.lead + self._escaped(label.strip()) for label in dict.fromkeys(task.labels)]
         for end in ("", self.tokenizer.eos):
             ids = sorted(tuple(self.tokenizer.encode(text + end)) for text in texts)
             if all(b[: len(a)] != a for a, b in pairwise(ids)):
                 break
         return tuple(dict.fromkeys(tuple(self.tokenizer.encode(text + end)) for text in texts))
 
-    def _prompt(self, messages: list[dict[str, str]], examples: int) -> Prompt:
+    def _prompt(self, messages: list[dict[str, str]], examples: int, headed: Callable[[str], str] = str) -> Prompt:
         messages = [{"role": m["role"], "content": self._escaped(m["content"])} for m in messages]
         text = self.tokenizer.chat(messages)
         if text is None:
             text = self.tokenizer.bos + plain(messages)
+        text = headed(text)
         ids = tuple(self.tokenizer.encode(text))
         return Prompt(text, ids, examples, len(ids) > self.max_tokens)
 

@@ -5,17 +5,17 @@ All thresholds on answers live in this section, so changing one makes this table
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar
 
 import pyarrow as pa
 
+from selfguide_ray import reference
 from selfguide_ray.config import Config
 from selfguide_ray.config import Trainset as Settings
 from selfguide_ray.engine import Engine
 from selfguide_ray.filters import Rules, Verdict, find_label, judge, length_bounds, noise_pattern
-from selfguide_ray.prompts import Prompts
 from selfguide_ray.run import Run
 from selfguide_ray.schema import TABLES, TASK_COLUMNS, Example, Task, row_seed, tasks_of
 
@@ -28,7 +28,10 @@ class Trainset:
 
     def __init__(self, config: Config, run: Run, engine: Engine) -> None:
         self.config, limit = config, config.student.max_prompt_tokens
-        self.prompts = Prompts.within(engine.tokenizer, limit, engine.context, config.outputs.max_new_tokens)
+        self.prompts = reference.PROMPTS[config.method].within(
+            engine.tokenizer, limit, engine.context, config.outputs.max_new_tokens
+        )
+        self.rules = {"selfguide": answer_rules, "reference": reference.answer_rules}[config.method]
         self.longest = min(config.trainset.max_tokens, engine.context)
 
     def __call__(self, tasks: pa.Table, outputs: pa.Table) -> pa.Table:
@@ -48,7 +51,7 @@ class Trainset:
         pair = {key: row[key] for key in ("task", "id", "label", "input", "drop_reason")}
         if row["drop_reason"] is not None:
             return pair
-        output, election = elect(task, row["candidates"], self.config.trainset)
+        output, election = elect(task, row["candidates"], self.config.trainset, self.rules)
         pair.update(election)
         if task.labels and self.config.trainset.answer != "voted":
             output = self._held_to_wanted(pair, output)
@@ -83,13 +86,18 @@ class Trainset:
         return pair
 
 
-def elect(task: Task, candidates: list[dict[str, Any]], settings: Settings) -> tuple[str | None, dict[str, Any]]:
+def elect(
+    task: Task,
+    candidates: list[dict[str, Any]],
+    settings: Settings,
+    make_rules: Callable[[Task, Settings], Rules] | None = None,
+) -> tuple[str | None, dict[str, Any]]:
     """The answer that wins the vote, and the columns that tell how; None and a drop reason if none does.
 
     The `keep` likeliest candidates pass the filters and vote (statements 13-16): most votes, then shortest, then first.
     """
     likeliest = sorted(range(len(candidates)), key=lambda i: (-candidates[i]["logprob"], i))[: settings.keep]
-    rules = answer_rules(task, settings)
+    rules = (make_rules or answer_rules)(task, settings)
 
     def weight(candidate: dict[str, Any]) -> float:
         known = settings.vote_weight == "probability" and candidate["probability"] is not None

@@ -21,7 +21,7 @@ TUNING = [
 LAYERS = [
     ("vocabulary", ["errors", "embedded", "schema", "config", "config_file"]),
     ("files", ["run", "student", "task_files", "failures", "status"]),
-    ("tools", ["engine", *(f"engine.{name}" for name in ENGINE), "prompts", "filters", "metrics"]),
+    ("tools", ["engine", *(f"engine.{name}" for name in ENGINE), "prompts", "filters", "metrics", "reference"]),
     ("under the tables", ["tuning", *(f"tuning.{name}" for name in TUNING), "charts", "standings"]),
     ("tables, apart", ["tasks", "inputs", "outputs", "trainset", "models", "predictions", "scores", "report"]),
     (
