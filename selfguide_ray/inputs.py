@@ -101,7 +101,7 @@ class Pool:
             self._record(row, text, completion.finish_reason, verdict)
             if verdict is None:
                 self.seen.add(row["id"], text)
-                self.accepted.append(text.strip())
+                self.accepted.append(text)
 
     def _record(self, row: dict[str, Any], text: str, finish_reason: str, verdict: Verdict | None) -> None:
         found = asdict(verdict) if verdict else {}

@@ -198,7 +198,7 @@ class Scoring:
 
     def _fits(self, task: Task, instance: Instance) -> bool:
         prompt = self.prompts.answering(task, instance.input)
-        whole = not prompt.too_long and prompt.examples == len(task.examples)
+        whole = prompt.examples == len(task.examples)
         return whole and len(self.prompts.tokenizer.encode(instance.references[0].strip())) <= self.longest
 
 

@@ -1,13 +1,15 @@
 """`method: reference`: the reference code's filters, votes, prompts and settings, worked out by hand from their specification."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
-from selfguide_ray.config import Config
+from selfguide_ray.config import Config, Student
 from selfguide_ray.config_file import load
 from selfguide_ray.engine import Completion
-from selfguide_ray.engine.scripted import ByteTokenizer
+from selfguide_ray.engine.scripted import ByteTokenizer, ScriptedEngine
 from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.inputs import Pool
 from selfguide_ray.prompts import Prompts
@@ -21,7 +23,8 @@ from selfguide_ray.reference import (
     noise_words,
 )
 from selfguide_ray.run import READS, made_by
-from selfguide_ray.trainset import elect
+from selfguide_ray.schema import TABLES, Example, task_rows
+from selfguide_ray.trainset import Trainset, elect
 
 OPEN = ("a", "b" * 90)  # examples whose lengths let everything in this file pass
 ROOM = 1 << 16
@@ -250,6 +253,18 @@ def test_the_ten_likeliest_of_twenty_vote(make_task):
 def test_a_label_is_the_whole_answer_or_none(make_task, answer, label):  # statement 16
     task = make_task(labels=("entails", "neutral"), examples=[("a", "entails"), ("b", "neutral")])
     assert vote(task, settings().trainset, answer)[0] == label
+
+
+def test_the_stage_votes_by_these_rules(make_task):
+    candidates = [*answers("inputs"), *answers("much too long to be right"), *answers("sky")]
+    given = {"task": "toy", "id": "r0", "label": None, "input": "x", "candidates": candidates, "drop_reason": None}
+    outputs = pa.Table.from_pylist([given], schema=TABLES["outputs"])
+    stage = Trainset(settings(), None, ScriptedEngine(Student(engine="scripted")))
+    row = stage(task_rows([make_task()]), outputs).to_pylist()[0]  # outputs of 3, 4 and 5 characters: below 5
+    assert (row["output"], row["verdicts"]) == ("sky", ["length", "length", None])
+    ours = replace(make_task(), examples=(*make_task().examples, Example("y", "z" * 9)))
+    row = stage(task_rows([ours]), outputs).to_pylist()[0]
+    assert row["verdicts"] == ["noise", "length", None]  # "inputs" holds a word that to us is another
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------------
