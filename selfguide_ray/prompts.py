@@ -1,8 +1,9 @@
 """The two prompts of SELF-GUIDE, in our own words, and the one renderer of all stages (spec §1.7).
 
 Annotation, training and every prompted system get the text of `Prompts.answering`, byte for byte (statement 18): it
-ends in the bare assistant header, without trailing white space (`reference` has ends of its own). The text is the whole truth, special tokens included,
-so BOS is decided here and nowhere else: engines and the trainer get `encode(text)` and add nothing.
+ends in the bare assistant header, without trailing white space; `reference` has ends of its own. The text is the whole
+truth, special tokens included, so BOS is decided here and nowhere else: engines and the trainer get `encode(text)` and
+add nothing.
 """
 
 from collections.abc import Callable, Sequence
