@@ -10,7 +10,7 @@ from selfguide_ray.config import Config
 from selfguide_ray.config import Trainset as Settings
 from selfguide_ray.filters import Verdict
 from selfguide_ray.schema import Example, Instance, Task, row_seed
-from selfguide_ray.votes import answer_rules, cast_vote, elect, likeliest
+from selfguide_ray.votes import MakeRules, cast_vote, elect, likeliest
 
 # --- floors: no model
 
@@ -55,15 +55,15 @@ def shown(system: str, task: Task, pairs: Sequence[Example], seed: int) -> tuple
 # --- prompted, with several samples: how one answer is made of them
 
 
-def first_survivor(task: Task, candidates: list[dict[str, Any]], settings: Settings) -> str | None:
+def first_survivor(task: Task, candidates: list[dict[str, Any]], settings: Settings, rules: MakeRules) -> str | None:
     """The likeliest answer that passes the filters, and for classification names a label (the reference's ICL + filters)."""
-    rules = answer_rules(task, settings)
-    votes = (cast_vote(candidates[i]["output"], task, rules, settings) for i in likeliest(candidates, settings))
+    bounds = rules(task, settings)
+    votes = (cast_vote(candidates[i]["output"], task, bounds, settings) for i in likeliest(candidates, settings))
     return next((vote for vote in votes if not isinstance(vote, Verdict)), None)
 
 
-CHOICES: dict[str, Callable[[Task, list[dict[str, Any]], Settings], str | None]] = {
-    "few_shot_vote": lambda task, candidates, settings: elect(task, candidates, settings)[0],  # the annotator itself
+CHOICES: dict[str, Callable[[Task, list[dict[str, Any]], Settings, MakeRules], str | None]] = {
+    "few_shot_vote": lambda *given: elect(*given)[0],  # the annotator itself
     "few_shot_filtered": first_survivor,
 }
 

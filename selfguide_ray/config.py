@@ -341,6 +341,23 @@ class Scores(Section):
     """Resamples behind each 95 % interval; 0 leaves intervals out."""
 
 
+# What method: reference leaves no choice in: a default gives way to it, a setting that says otherwise is refused.
+AS_REFERENCE: dict[str, dict[str, Any]] = {
+    "inputs": {"length_slack": 0.0, "verify": None, "max_perplexity": None, "prefixes": (), "extra_rounds": 0},
+    "outputs": {"labels": "free"},
+    "trainset": {
+        "length_slack": 0.0,
+        "prefixes": (),
+        "vote": "exact",
+        "vote_among": "survivors",
+        "vote_weight": "one",
+        "answer": "voted",
+        "extract_labels": False,
+    },
+    "predictions": {"labels": "free"},
+}
+
+
 class Config(Section):
     """Everything a run depends on."""
 
@@ -348,6 +365,8 @@ class Config(Section):
     """The run's folder: a path, or a URI such as s3://bucket/run."""
     seed: int = Field(0, ge=0)
     """Decides every random choice together with a row's identity."""
+    method: Literal["selfguide", "reference"] = "selfguide"
+    """Ours, or the reference code's behaviour where it differs, with its own metrics, to reproduce its figures."""
     student: Student = Student()
     cluster: Cluster = Cluster()
     tasks: Tasks = Tasks()
@@ -379,6 +398,30 @@ class Config(Section):
                     f"{why}.",
                     f"Set tasks.{setting} to a number, or change the other setting.",
                 )
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _give_way(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or value.get("method") != "reference":
+            return value
+        completed = dict(value)
+        for section, fixed in AS_REFERENCE.items():
+            given = completed.get(section)
+            given = given.model_dump(exclude_unset=True) if isinstance(given, Section) else given or {}
+            completed[section] = fixed | given if isinstance(given, dict) else given
+        return completed
+
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> "Config":
+        for section, fixed in AS_REFERENCE.items() if self.method == "reference" else ():
+            for name, value in fixed.items():
+                if (given := getattr(getattr(self, section), name)) != value:
+                    raise SelfGuideError(
+                        f"{section}.{name} is {json.dumps(given)} beside method: reference.",
+                        f"The reference code knows only {json.dumps(value)} there, and its figures depend on it.",
+                        f"Leave {section}.{name} out, or choose method: selfguide.",
+                    )
         return self
 
 

@@ -126,9 +126,11 @@ FILTERS: dict[str, Callable[[str, Rules], Finding | None]] = {
 }
 
 
-def judge(text: str, rules: Rules) -> Verdict | None:
+def judge(
+    text: str, rules: Rules, filters: dict[str, Callable[[str, Rules], Finding | None]] = FILTERS
+) -> Verdict | None:
     """The verdict of the first filter that speaks, None if the text passes them all."""
-    for name, rule in FILTERS.items():
+    for name, rule in filters.items():
         finding = rule(text, rules)
         if finding is not None:
             return Verdict(name, *finding)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
+from selfguide_ray import reference
 from selfguide_ray.config import Config
 from selfguide_ray.engine import Completion, Engine, Request, SamplingParams, share_prefix
 from selfguide_ray.filters import Rules, Seen, Verdict, clean, judge, length_bounds, noise_pattern, prefix_pattern
@@ -28,7 +29,8 @@ class Inputs:
     def __init__(self, config: Config, run: Run, engine: Engine) -> None:
         self.config, self.engine = config, engine
         limit = config.student.max_prompt_tokens
-        self.prompts = Prompts.within(engine.tokenizer, limit, engine.context, config.inputs.max_new_tokens)
+        prompts = reference.PROMPTS[config.method]
+        self.prompts = prompts.within(engine.tokenizer, limit, engine.context, config.inputs.max_new_tokens)
 
     def __call__(self, tasks: pa.Table) -> pa.Table:
         """The rows of `inputs` for a shard's tasks: every text that was generated, with its verdict."""
@@ -78,6 +80,9 @@ class Pool:
             prefix_pattern(settings.prefixes, shown),
         )
         self.seen = Seen((f"example{i}", text) for i, text in enumerate(self.gold))
+        self.clean, self.judge = clean, judge
+        if config.method == "reference":
+            self.clean, self.judge, self.rules, self.seen = reference.input_filters(task, settings)
         verify = settings.verify
         self.verification = None if verify is None else Verification(task, prompts, verify, config.seed)
         self.accepted: list[str] = []
@@ -124,34 +129,34 @@ class Pool:
         """The questions about those of the round's texts that nothing else speaks against; none unless they are verified."""
         if self.verification is None:
             return []
-        return self.verification.ask(clean(c.text) for c in completions if self._judge(c) is None)
+        return self.verification.ask(self.clean(c.text) for c in completions if self._judge(c) is None)
 
     def keep(self, completions: Sequence[Completion], answers: Sequence[Completion] = ()) -> None:
         """Judge the round's texts in order, given the answers to `check`; survivors join the pool."""
         if self.verification is not None:
             self.verification.hear(answers)
         for row, completion in zip(self.pending, completions, strict=True):
-            text, verdict = clean(completion.text), self._judge(completion)
+            text, verdict = self.clean(completion.text), self._judge(completion)
             if verdict is None and self.verification is not None:
                 verdict = self.verification.judge(text)
             row["perplexity"] = perplexity(completion)
             self._record(row, text, completion.finish_reason, verdict)
             if verdict is None:
                 self.seen.add(row["id"], text)
-                self.accepted.append(text)
+                self.accepted.append(text.strip())
                 self.survivors[row["label"]] += 1
 
     def _judge(self, completion: Completion) -> Verdict | None:
         """The verdict that needs no further question: by the rules, as a duplicate, or by the perplexity."""
-        text, measured, bound = clean(completion.text), perplexity(completion), self.settings.max_perplexity
-        verdict = judge(text, self.rules) or self.seen.judge(text)
+        text, measured, bound = self.clean(completion.text), perplexity(completion), self.settings.max_perplexity
+        verdict = self.judge(text, self.rules) or self.seen.judge(text)
         if verdict is None and bound is not None and measured is not None and measured > bound:
             return Verdict("incoherent", measured, f"perplexity of at most {bound:g}")
         return verdict
 
     def _record(self, row: dict[str, Any], text: str, finish_reason: str, verdict: Verdict | None) -> None:
         found = asdict(verdict) if verdict else {}
-        self.rows.append({**row, "input": text, "finish_reason": finish_reason, **found})
+        self.rows.append({**row, "input": text.strip(), "finish_reason": finish_reason, **found})
 
 
 def perplexity(completion: Completion) -> float | None:

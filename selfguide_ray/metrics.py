@@ -52,8 +52,8 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
     return max((f_measure(answer, rouge_tokens(reference)) for reference in references), default=0.0)
 
 
-def f_measure(answer: list[str], target: list[str]) -> float:
-    """F-measure of the longest common subsequence of two lists of `rouge_tokens`."""
+def f_measure(answer: Sequence[str], target: Sequence[str]) -> float:
+    """F-measure of the longest common subsequence of two sequences; of two texts, of their characters."""
     common = LCSseq.similarity(answer, target)
     if not common:
         return 0.0

@@ -5,9 +5,10 @@ from typing import Any, ClassVar
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from selfguide_ray import reference
 from selfguide_ray.config import Config
 from selfguide_ray.engine import Engine, Request, SamplingParams, share_prefix
-from selfguide_ray.prompts import Prompts, held_to_labels
+from selfguide_ray.prompts import held_to_labels
 from selfguide_ray.run import Run
 from selfguide_ray.schema import TABLES, TASK_COLUMNS, Task, row_seed, tasks_of
 from selfguide_ray.votes import candidate
@@ -22,7 +23,9 @@ class Outputs:
     def __init__(self, config: Config, run: Run, engine: Engine) -> None:
         self.config, self.engine = config, engine
         settings, limit = config.outputs, config.student.max_prompt_tokens
-        self.prompts = Prompts.within(engine.tokenizer, limit, engine.context, settings.max_new_tokens)
+        self.prompts = reference.ANNOTATION[config.method].within(
+            engine.tokenizer, limit, engine.context, settings.max_new_tokens
+        )
         self.params = SamplingParams(
             n=settings.samples,
             temperature=settings.temperature,

@@ -7,11 +7,12 @@ from typing import Any, ClassVar
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from selfguide_ray import reference
 from selfguide_ray.baselines import CHOICES, FLOORS, shown
 from selfguide_ray.config import Config
 from selfguide_ray.engine import Completion, Engine, Request, SamplingParams, share_prefix
 from selfguide_ray.errors import SelfGuideError
-from selfguide_ray.prompts import Prompts, held_to_labels
+from selfguide_ray.prompts import held_to_labels
 from selfguide_ray.run import Run, model_of
 from selfguide_ray.schema import TABLES, Example, Instance, Task, evaluated, row_seed, tasks_of
 from selfguide_ray.student import facts
@@ -30,7 +31,8 @@ class Predictions:
             self.reads["trainset"] = ("task", "system", "input", "output", "drop_reason")
         self.student = facts(config.student)
         limit, new_tokens = config.student.max_prompt_tokens, config.outputs.max_new_tokens
-        self.prompts = Prompts.within(engine.tokenizer, limit, engine.context, new_tokens)
+        self.prompts = reference.PROMPTS[config.method].within(engine.tokenizer, limit, engine.context, new_tokens)
+        self.said = reference.SAID[config.method]
         self.params = SamplingParams(max_new_tokens=new_tokens, stops=self.prompts.answer_stops)
         sampling = config.outputs
         self.sampled = replace(
@@ -94,9 +96,9 @@ class Predictions:
     def _chosen(self, task: Task, system: str, completions: list[Completion]) -> str:
         """The answer of a system; nothing where no sample of several survives, which is wrong."""
         if system not in CHOICES:
-            return completions[0].text.strip()
+            return self.said(completions[0].text)
         candidates = [candidate(completion) for completion in completions]
-        return CHOICES[system](task, candidates, self.config.trainset) or ""
+        return CHOICES[system](task, candidates, self.config.trainset, reference.RULES[self.config.method]) or ""
 
     def _adapter(self, task: Task, system: str, stack: contextlib.ExitStack) -> str | None:
         """The tuned model's folder. A task that had nothing to learn from keeps the student as it is."""

@@ -1,11 +1,12 @@
 """The two prompts of SELF-GUIDE and that of a check, in our own words, and the one renderer of all stages (spec §1.7).
 
 Annotation, training and every prompted system get the text of `Prompts.answering`, byte for byte (statement 18): it
-ends in the bare assistant header, without trailing white space. The text is the whole truth, special tokens included,
-so BOS is decided here and nowhere else: engines and the trainer get `encode(text)` and add nothing.
+ends in the bare assistant header, without trailing white space; `reference` has ends of its own. The text is the whole
+truth, special tokens included, so BOS is decided here and nowhere else: engines and the trainer get `encode(text)` and
+add nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
@@ -40,6 +41,7 @@ class Prompts:
         # Where a student has no end of turn of its own, its next turn is cut off (decision on bug B24).
         self.answer_stops = () if self.has_chat else ("\nUSER:", "\nASSISTANT:")
         self.item_stops = () if self.has_chat else ("\nITEM:", "\n###", *self.answer_stops)
+        self.lead = "" if self.has_chat else " "  # what stands between the header and an answer
 
     @classmethod
     def within(cls, tokenizer: Tokenizer, limit: int, context: int, new_tokens: int) -> "Prompts":
@@ -50,7 +52,7 @@ class Prompts:
         """P2: the instruction, a turn for each demonstration (all of the task's unless given), and the new input."""
         shown = list(task.examples if examples is None else examples)
         while True:
-            prompt = self._prompt(answering_messages(task.instruction, shown, text), len(shown))
+            prompt = self._prompt(answering_messages(task.instruction, shown, text), len(shown), self.headed)
             if not prompt.too_long or not shown:
                 return prompt
             shown.pop()
@@ -75,10 +77,13 @@ class Prompts:
                 return prompt
             shown.pop()
 
+    def headed(self, text: str) -> str:
+        """How a prompt that wants an answer ends; here in the bare header that it was rendered with."""
+        return text
+
     def completion(self, output: str) -> str:
         """What training teaches after the prompt: the answer and the end of the turn."""
-        lead = "" if self.has_chat else " "
-        return lead + self._escaped(output.strip()) + self.tokenizer.eos
+        return self.lead + self._escaped(output.strip()) + self.tokenizer.eos
 
     def labels(self, task: Task) -> tuple[tuple[int, ...], ...]:
         """The task's labels as `choices`."""
@@ -86,19 +91,19 @@ class Prompts:
 
     def choices(self, answers: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Answers as token ids behind a prompt; where one begins another, each with the end of the turn."""
-        lead = "" if self.has_chat else " "
-        texts = [lead + self._escaped(answer.strip()) for answer in dict.fromkeys(answers)]
+        texts = [self.lead + self._escaped(answer.strip()) for answer in dict.fromkeys(answers)]
         for end in ("", self.tokenizer.eos):
             ids = sorted(tuple(self.tokenizer.encode(text + end)) for text in texts)
             if all(b[: len(a)] != a for a, b in pairwise(ids)):
                 break
         return tuple(dict.fromkeys(tuple(self.tokenizer.encode(text + end)) for text in texts))
 
-    def _prompt(self, messages: list[dict[str, str]], examples: int) -> Prompt:
+    def _prompt(self, messages: list[dict[str, str]], examples: int, headed: Callable[[str], str] = str) -> Prompt:
         messages = [{"role": m["role"], "content": self._escaped(m["content"])} for m in messages]
         text = self.tokenizer.chat(messages)
         if text is None:
             text = self.tokenizer.bos + plain(messages)
+        text = headed(text)
         ids = tuple(self.tokenizer.encode(text))
         return Prompt(text, ids, examples, len(ids) > self.max_tokens)
 

@@ -26,8 +26,19 @@ from selfguide_ray.run import PLAN, READS, Run
 from selfguide_ray.schema import TABLES, TASK_COLUMNS, Task, tasks_of
 from selfguide_ray.standings import FAMILIES, FLOORS, PROMPTED, TUNED, Board, best_of, score_table, standings
 
-METRIC_NAMES = {"exact_match": "exact match", "rouge_l": "ROUGE-L", "macro_f1": "macro-F1"}
-SHORT_NAMES = {"exact_match": "EM", "rouge_l": "ROUGE-L", "macro_f1": "F1"}
+METRIC_NAMES = {
+    "exact_match": "exact match",
+    "rouge_l": "ROUGE-L",
+    "macro_f1": "macro-F1",
+    "reference_match": "the reference's exact match",
+    "character_rouge": "ROUGE-L of characters",
+}
+SHORT_NAMES = METRIC_NAMES | {
+    "exact_match": "EM",
+    "macro_f1": "F1",
+    "reference_match": "ref. EM",
+    "character_rouge": "char. ROUGE-L",
+}
 
 HEADLINE_TASKS = 30
 SAMPLED_TASKS, SAMPLED_PAIRS, SAMPLED_DROPS, SAMPLED_PREDICTIONS = 40, 5, 3, 5
@@ -82,14 +93,15 @@ def headline(run: Run) -> Group:
         table.add_column(system, justify="right", no_wrap=True, style="dim" if system in FLOORS else "")
     scored = [task for task in board.tasks if board.n(task) is not None]
     for task in scored if len(scored) <= HEADLINE_TASKS else ():
-        values = [board.value(task, task.metric, system) for system in board.systems]
-        table.add_row(Text(task.name), SHORT_NAMES[task.metric], str(board.n(task)), *_bold_best(values))
+        metric = board.main(task)
+        values = [board.value(task, metric, system) for system in board.systems]
+        table.add_row(Text(task.name), SHORT_NAMES[metric], str(board.n(task)), *_bold_best(values))
     table.add_section()
-    for family, metric in FAMILIES.items():
+    for family in FAMILIES:
         values = [board.mean(family, system) for system in board.systems]
         if any(value is not None for value in values):
             count = max(len(board.values(family, system)) for system in board.systems)
-            table.add_row(f"mean of {count} {family}", SHORT_NAMES[metric], "", *_bold_best(values))
+            table.add_row(f"mean of {count} {family}", SHORT_NAMES[board.metric(family)], "", *_bold_best(values))
     families = significance.by_family(significance.gains(board))
     return Group(table, *(Text(significance.line(family)) for family in families))
 

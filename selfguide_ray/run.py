@@ -40,6 +40,7 @@ READS: dict[str, tuple[str, ...]] = {
     "scores": ("predictions",),
 }
 SPEAKS = ("inputs", "outputs", "trainset", "models", "predictions")  # tables that depend on the student
+BY_METHOD = ("inputs", "outputs", "trainset", "predictions", "scores")  # tables that `method` makes different
 # Settings that change no row. (One that finds no room in the memory for keys and values is `too_long`; a run must be
 # able to go on with less memory all the same.)
 RESULT_FREE = {"student": {"batch_rows", "kv_memory_gib", "max_adapters"}, "tasks": {"strict"}}
@@ -276,6 +277,7 @@ def made_by(table: str, config: Config, student: dict[str, Any]) -> dict[str, An
     return {
         table: settings,
         "seed": config.seed,
+        **({"method": config.method} if table in BY_METHOD and config.method != "selfguide" else {}),
         **({"student": speaker} if table in SPEAKS else {}),
         **({"reads": below} if below else {}),
     }

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
+from selfguide_ray import reference
 from selfguide_ray.config import Config
 from selfguide_ray.engine import Engine
 from selfguide_ray.metrics import METRICS, bootstrap_interval, macro_f1, paired_bootstrap
@@ -21,6 +22,7 @@ class Scores:
 
     def __init__(self, config: Config, run: Run, engine: Engine) -> None:
         self.config = config
+        self.of_method = reference.scoring(config, engine)
 
     def __call__(self, tasks: pa.Table, predictions: pa.Table) -> pa.Table:
         """The rows of `scores` for a shard."""
@@ -37,13 +39,17 @@ class Scores:
 
     def _scores(self, task: Task, system: str, answers: list[str]) -> Iterator[dict[str, Any]]:
         references = [instance.references for instance in task.instances]
-        for name, metric in METRICS.items():
-            values = [100 * metric(answer, right) for answer, right in zip(answers, references, strict=True)]
+        columns = {
+            name: [100 * metric(answer, right) for answer, right in zip(answers, references, strict=True)]
+            for name, metric in METRICS.items()
+        }
+        for name, values in (columns | self.of_method(task, answers)).items():
             # The resampled instances are the same for every system of a task, so that intervals can be compared.
             seed = row_seed(self.config.seed, task.name, "bootstrap")
             resamples = self.config.scores.bootstrap
             low, high = bootstrap_interval(values, resamples, seed) if resamples else (None, None)
-            yield {"metric": name, "value": sum(values) / len(values), "low": low, "high": high, "values": values}
+            mean = sum(values) / len(values)
+            yield {"metric": name, "n": len(values), "value": mean, "low": low, "high": high, "values": values}
         if task.labels:
             yield {"metric": "macro_f1", "value": 100 * macro_f1(answers, references)}
 

@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 import numpy as np
 
+from selfguide_ray import reference
 from selfguide_ray.config import LEARNERS, SystemName
 from selfguide_ray.metrics import bootstrap_interval
 from selfguide_ray.run import Run
@@ -54,13 +55,25 @@ class Board:
         return row["value"] if row else None
 
     def n(self, task: Task) -> int | None:
-        """The held-out instances behind a task's scores, None if it has no score."""
-        rows = (self.rows.get((task.name, task.metric, system)) for system in self.systems)
+        """The held-out instances behind a task's scores in its main metric, None if it has no score."""
+        metric = self.main(task)
+        rows = (self.rows.get((task.name, metric, system)) for system in self.systems)
         return next((row["n"] for row in rows if row), None)
+
+    def metric(self, family: str) -> str:
+        """The metric behind a family's mean: the reference's own where the run was scored by it (method: reference)."""
+        own = reference.METRICS[family]
+        return own if any(metric == own for _, metric, _ in self.rows) else FAMILIES[family]
+
+    def main(self, task: Task) -> str:
+        """The metric that a task is ranked by: its official one, or the reference's where it was scored by that."""
+        own = reference.METRICS["classification" if task.labels else "generation"]
+        return own if any((task.name, own, system) in self.rows for system in self.systems) else task.metric
 
     def values(self, family: str, system: str) -> dict[str, float]:
         """A system's score on each task of a family, in the family's metric."""
-        found = {task.name: self.value(task, FAMILIES[family], system) for task in self.family(family)}
+        metric = self.metric(family)
+        found = {task.name: self.value(task, metric, system) for task in self.family(family)}
         return {name: value for name, value in found.items() if value is not None}
 
     def mean(self, family: str, system: str) -> float | None:
@@ -79,7 +92,7 @@ def standings(board: Board, family: str) -> dict[str, Any]:
     floor = max((s for s in ran if s["floor"]), key=lambda system: system["mean"], default=None)
     return {
         "name": family,
-        "metric": FAMILIES[family],
+        "metric": board.metric(family),
         "scored": max((len(system["values"]) for system in ran), default=0),
         "systems": systems,
         "floor": floor,
@@ -130,11 +143,13 @@ def verdict(rival: str, tasks: int, low: float | None, high: float | None) -> st
 
 
 def score_table(board: Board) -> dict[str, Any]:
-    """Tasks by systems, by category; macro-F1 has a line of its own below a classification task."""
+    """Tasks by systems, by category; below the main metric of a task stand the official one and macro-F1, if they are others."""
     scored = sorted((t for t in board.tasks if board.n(t) is not None), key=lambda task: (task.category, task.name))
     groups: dict[str, list[dict[str, Any]]] = {}
     for task in scored:
-        lines = [_score_line(board, task, metric) for metric in dict.fromkeys((task.metric, "macro_f1"))]
+        lines = [
+            _score_line(board, task, metric) for metric in dict.fromkeys((board.main(task), task.metric, "macro_f1"))
+        ]
         row = {"task": task.name, "n": board.n(task), "lines": [line for line in lines if line]}
         groups.setdefault(task.category, []).append(row)
     return {
@@ -150,4 +165,7 @@ def _score_line(board: Board, task: Task, metric: str) -> dict[str, Any] | None:
     cells = [board.rows.get((task.name, metric, system)) for system in board.systems]
     values = {cell["system"]: cell["value"] for cell in cells if cell}
     floor = max((values[name] for name in FLOORS if name in values), default=None)
-    return {"metric": metric, "cells": cells, "best": best_of(values.values()), "floor": floor} if values else None
+    if not values:
+        return None
+    n = next(cell["n"] for cell in cells if cell)
+    return {"metric": metric, "n": n, "cells": cells, "best": best_of(values.values()), "floor": floor}

@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
+from selfguide_ray import reference
 from selfguide_ray.baselines import taught
 from selfguide_ray.config import Config
 from selfguide_ray.engine import Engine
 from selfguide_ray.filters import Verdict
-from selfguide_ray.prompts import Prompts
 from selfguide_ray.run import Run
 from selfguide_ray.schema import TABLES, TASK_COLUMNS, Example, Task, row_seed, tasks_of
 from selfguide_ray.votes import elect
@@ -28,7 +28,10 @@ class Trainset:
 
     def __init__(self, config: Config, run: Run, engine: Engine) -> None:
         self.config, limit = config, config.student.max_prompt_tokens
-        self.prompts = Prompts.within(engine.tokenizer, limit, engine.context, config.outputs.max_new_tokens)
+        self.prompts = reference.PROMPTS[config.method].within(
+            engine.tokenizer, limit, engine.context, config.outputs.max_new_tokens
+        )
+        self.rules = reference.RULES[config.method]
         self.longest = min(config.trainset.max_tokens, engine.context)
 
     def __call__(self, tasks: pa.Table, outputs: pa.Table) -> pa.Table:
@@ -52,7 +55,7 @@ class Trainset:
         pair = {key: row[key] for key in ("task", "id", "label", "input", "drop_reason")}
         if row["drop_reason"] is not None:
             return pair
-        output, election = elect(task, row["candidates"], self.config.trainset)
+        output, election = elect(task, row["candidates"], self.config.trainset, self.rules)
         pair.update(election)
         if task.labels and self.config.trainset.answer != "voted":
             output = self._held_to_wanted(pair, output)

@@ -1,6 +1,7 @@
 """The vote among the sampled answers of one input (spec §1.4): who may vote, for what, and who wins."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -9,6 +10,8 @@ from selfguide_ray.engine import Completion
 from selfguide_ray.filters import Rules, Verdict, find_label, judge, length_bounds, noise_pattern, prefix_pattern
 from selfguide_ray.metrics import f_measure, rouge_tokens
 from selfguide_ray.schema import Task
+
+MakeRules = Callable[[Task, Settings], Rules]
 
 
 def candidate(completion: Completion) -> dict[str, Any]:
@@ -21,14 +24,28 @@ def candidate(completion: Completion) -> dict[str, Any]:
     }
 
 
-def elect(task: Task, candidates: list[dict[str, Any]], settings: Settings) -> tuple[str | None, dict[str, Any]]:
+def answer_rules(task: Task, settings: Settings) -> Rules:
+    """The filters' bounds for answers, from the examples' outputs."""
+    shown = [example.output.strip() for example in task.examples]
+    lengths = length_bounds(shown, settings.length_sigmas, settings.length_slack)
+    wanted, legal = settings.length_filter.of(task.labels), [*shown, *task.labels]
+    return Rules(
+        lengths if wanted else None,
+        noise_pattern((*settings.noise_words, *task.noise_words), legal),
+        prefix_pattern(settings.prefixes, legal),
+    )
+
+
+def elect(
+    task: Task, candidates: list[dict[str, Any]], settings: Settings, make_rules: MakeRules = answer_rules
+) -> tuple[str | None, dict[str, Any]]:
     """The answer that wins the vote, and the columns that tell how; None and a drop reason if none does.
 
     The `keep` likeliest candidates pass the filters and vote (statements 13-16): most votes, then shortest, then first.
     By consensus an answer's share is its mean ROUGE-L with the others; a lone one has all.
     """
     voting_ones = likeliest(candidates, settings)
-    rules = answer_rules(task, settings)
+    rules = make_rules(task, settings)
 
     def weight(candidate: dict[str, Any]) -> float:
         known = settings.vote_weight == "probability" and candidate["probability"] is not None
@@ -79,18 +96,6 @@ def consensus(ballots: list[str]) -> dict[str, float]:
 def likeliest(candidates: list[dict[str, Any]], settings: Settings) -> list[int]:
     """Places of the candidates that may vote, those with the highest summed log-probability first."""
     return sorted(range(len(candidates)), key=lambda i: (-candidates[i]["logprob"], i))[: settings.keep]
-
-
-def answer_rules(task: Task, settings: Settings) -> Rules:
-    """The filters' bounds for answers, from the examples' outputs."""
-    shown = [example.output.strip() for example in task.examples]
-    lengths = length_bounds(shown, settings.length_sigmas, settings.length_slack)
-    wanted, legal = settings.length_filter.of(task.labels), [*shown, *task.labels]
-    return Rules(
-        lengths if wanted else None,
-        noise_pattern((*settings.noise_words, *task.noise_words), legal),
-        prefix_pattern(settings.prefixes, legal),
-    )
 
 
 def cast_vote(text: str, task: Task, rules: Rules, settings: Settings) -> str | Verdict:

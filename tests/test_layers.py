@@ -21,7 +21,10 @@ TUNING = [
 LAYERS = [
     ("vocabulary", ["errors", "embedded", "schema", "config", "config_file"]),
     ("files", ["run", "student", "task_files", "failures", "status"]),
-    ("tools", ["engine", *(f"engine.{name}" for name in ENGINE), "prompts", "filters", "metrics", "votes"]),
+    (
+        "tools",
+        ["engine", *(f"engine.{name}" for name in ENGINE), "prompts", "filters", "metrics", "reference", "votes"],
+    ),
     ("boards", ["standings", "significance", "comparison", "charts"]),
     ("under the tables", ["tuning", *(f"tuning.{name}" for name in TUNING), "baselines", "verification"]),
     ("tables, apart", ["tasks", "inputs", "outputs", "trainset", "models", "predictions", "scores", "report"]),

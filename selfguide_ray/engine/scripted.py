@@ -108,7 +108,7 @@ def label_shares(prompt: str, labels: Sequence[str]) -> tuple[float, ...]:
 def answer_item(prompt: str, rng: random.Random, memory: dict[str, str]) -> str:
     """One of the answers shown, the same for the same item four times out of five; an adapter knows what it was taught."""
     answers = re.findall(r"^ASSISTANT: (.+)$", prompt, re.MULTILINE)[1:] or ["unknown"]
-    item = prompt.rsplit("ITEM: ", 1)[-1].removesuffix("\nASSISTANT:")
+    item = prompt.rsplit("ITEM: ", 1)[-1].rstrip().removesuffix("\nASSISTANT:")
     if memory:
         return memory.get(item) or max(sorted(set(memory.values())), key=list(memory.values()).count)
     return " " + (answers[row_seed(0, item) % len(answers)] if rng.random() < 0.8 else rng.choice(answers))
