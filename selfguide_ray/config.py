@@ -216,6 +216,16 @@ class Trainset(Section):
     """Classification: the winner of the vote (the reference), only if it is the label asked for, or that label itself."""
     extract_labels: bool = True
     """Take the one label that a wordy answer names; off, an answer has to equal a label (the reference)."""
+    novelty: float | None = Field(None, ge=0, le=1)
+    """Drop a pair whose input has a higher ROUGE-L than this with an example's, or with a surviving pair's before it."""
+    middle_lengths: float | None = Field(None, gt=0, le=1)
+    """Keep this share of a task's pairs, the middle by length of input: 0.8 drops the shortest and the longest tenth."""
+    decontaminate: Literal["off", "mark", "drop"] = "mark"
+    """Pairs whose input overlaps that of a held-out instance, or equals it: not looked for, marked, or dropped."""
+    overlap_words: int = Field(8, ge=1)
+    """Inputs overlap if they share a run of so many words that neither the task's instruction nor an example holds."""
+    overlap_rouge: float = Field(0.8, gt=0, le=1)
+    """Inputs overlap if their ROUGE-L is at least this."""
     balance: bool = True
     """Keep as many pairs of each label as the rarest label has (classification)."""
     max_tokens: int = Field(2000, ge=16)

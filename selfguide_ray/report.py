@@ -24,6 +24,7 @@ from selfguide_ray.metrics import METRICS
 from selfguide_ray.run import PLAN, READS, Run
 from selfguide_ray.schema import TABLES, TASK_COLUMNS, Task, tasks_of
 from selfguide_ray.standings import FAMILIES, FLOORS, PROMPTED, TUNED, Board, best_of, score_table, standings
+from selfguide_ray.suspects import suspicions
 
 METRIC_NAMES = {"exact_match": "exact match", "rouge_l": "ROUGE-L", "macro_f1": "macro-F1"}
 SHORT_NAMES = {"exact_match": "EM", "rouge_l": "ROUGE-L", "macro_f1": "F1"}
@@ -54,6 +55,7 @@ def write_report(run: Run, config: Config) -> str:
         tables=census(run, models),
         families=[standings(board, family) for family in FAMILIES if board.family(family)],
         board=score_table(board),
+        suspicions=suspicions(board),
         funnel=funnel(run, plan),
         models=models,
         samples=samples(run, plan),

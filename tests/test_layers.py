@@ -21,8 +21,19 @@ TUNING = [
 LAYERS = [
     ("vocabulary", ["errors", "embedded", "schema", "config", "config_file"]),
     ("files", ["run", "student", "task_files", "failures", "status"]),
-    ("tools", ["engine", *(f"engine.{name}" for name in ENGINE), "prompts", "filters", "metrics"]),
-    ("under the tables", ["tuning", *(f"tuning.{name}" for name in TUNING), "charts", "standings"]),
+    (
+        "tools",
+        [
+            "engine",
+            *(f"engine.{name}" for name in ENGINE),
+            "prompts",
+            "filters",
+            "metrics",
+            "similarity",
+            "contamination",
+        ],
+    ),
+    ("under the tables", ["tuning", *(f"tuning.{name}" for name in TUNING), "charts", "standings", "suspects"]),
     ("tables, apart", ["tasks", "inputs", "outputs", "trainset", "models", "predictions", "scores", "report"]),
     (
         "students",

@@ -279,8 +279,8 @@ def test_no_held_out_item_of_the_examples_stands_in_a_training_prompt(whole, exa
         assert len(held_out) == 12
 
 
-def test_the_stages_that_make_training_data_never_read_instances():
-    for stage in (Inputs, Outputs, Trainset):
+def test_the_stages_that_the_student_speaks_in_never_read_instances():
+    for stage in (Inputs, Outputs):
         assert "instances" not in stage.reads["tasks"]
         assert set(stage.reads["tasks"]) == set(TABLES["tasks"].names) - {"instances"}
 
@@ -378,7 +378,8 @@ def test_an_instance_without_room_is_answered_by_nothing_and_counts(examples, tm
     last = [row for row in predictions.to_pylist() if row["id"] == "long"]
     assert [(row["system"], row["finish_reason"]) for row in last] == [("copy", "stop"), ("few_shot", "too_long")]
     assert last[1]["prediction"] == ""
-    scored = Scores(config, run, RecordingEngine())(task_rows([long]), predictions).to_pylist()
+    nothing_learned = TABLES["trainset"].empty_table()
+    scored = Scores(config, run, RecordingEngine())(task_rows([long]), predictions, nothing_learned).to_pylist()
     assert {row["n"] for row in scored} == {4}
     assert all(row["value"] <= 75 for row in scored)
 
