@@ -231,6 +231,11 @@ class Trainset(Section):
     max_tokens: int = Field(2000, ge=16)
     """Pairs longer than this are dropped, never cut."""
 
+    @field_validator("decontaminate", mode="before")
+    @classmethod
+    def _off_in_yaml(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads a bare `off` as false
+
 
 class Models(Section):
     """Fine-tuning (spec §2)."""

@@ -17,22 +17,12 @@ TUNING = [
     "pairs", "base", "last_layer", "layout", "adapter_stack", "side_by_side", "zero", "sharded_state", "data_parallel",
     "scripted",
 ]  # fmt: skip
+TEXTS = ["prompts", "filters", "metrics", "similarity", "contamination"]
 # From the bottom up; a module imports from lower rows only. A row marked "apart" holds modules that never meet.
 LAYERS = [
     ("vocabulary", ["errors", "embedded", "schema", "config", "config_file"]),
     ("files", ["run", "student", "task_files", "failures", "status"]),
-    (
-        "tools",
-        [
-            "engine",
-            *(f"engine.{name}" for name in ENGINE),
-            "prompts",
-            "filters",
-            "metrics",
-            "similarity",
-            "contamination",
-        ],
-    ),
+    ("tools", ["engine", *(f"engine.{name}" for name in ENGINE), *TEXTS]),
     ("under the tables", ["tuning", *(f"tuning.{name}" for name in TUNING), "charts", "standings", "suspects"]),
     ("tables, apart", ["tasks", "inputs", "outputs", "trainset", "models", "predictions", "scores", "report"]),
     (

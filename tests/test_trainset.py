@@ -405,7 +405,7 @@ COPIED_RUN = "so alpha beta gamma delta epsilon zeta eta theta and then wholly u
     ("text", "suspects", "kind", "measured", "bound"),
     [
         ('  "OLD   house" ', ["things-0"], "exact", 1.0, "no equal text"),
-        (COPIED_RUN, ["things-1"], "words", 8.0, "no run of 8 words"),
+        (COPIED_RUN, ["things-1", "things-2"], "words", 8.0, "no run of 8 words"),
         (HELD_OUT.replace("epsilon", "x"), ["things-1"], "rouge_l", 0.9, "ROUGE-L below 0.8"),
         (HELD_OUT, ["things-1", "things-2"], "exact", 1.0, "no equal text"),
         ("alpha beta gamma delta", [], None, None, None),
@@ -416,10 +416,10 @@ COPIED_RUN = "so alpha beta gamma delta epsilon zeta eta theta and then wholly u
 def test_a_pair_that_overlaps_a_held_out_instance_is_marked_or_dropped(
     make_task, text, suspects, kind, measured, bound
 ):
-    instances = [("old house", "house"), (HELD_OUT, "x"), (HELD_OUT[6:-6] + " so on", "x"), ("古い家", "x")]
+    instances = [("old house", "house"), (HELD_OUT, "x"), (HELD_OUT[:-6] + " mu nu", "x"), ("古い家", "x")]
     task = make_task("things", instances=instances)
     (row,) = made([task], pairs(text))
-    assert (sorted(row["suspects"])[: len(suspects)], row["overlap"]) == (suspects, kind)
+    assert (row["suspects"], row["overlap"]) == (suspects, kind)
     assert (row["drop_reason"], row["prompt"] is None) == (None, False)
     (row,) = made([task], pairs(text), "trainset.decontaminate=drop")
     reason, neighbour = ("contaminated", suspects[0]) if suspects else (None, None)
@@ -429,31 +429,29 @@ def test_a_pair_that_overlaps_a_held_out_instance_is_marked_or_dropped(
     assert (row["suspects"], row["overlap"], row["drop_reason"]) == (None, None, None)
 
 
-def test_the_nearest_instance_is_the_neighbour(make_task):
-    shorter, longer = COPIED_RUN[:46] + " here", COPIED_RUN[:60]
+def test_the_instance_with_the_longest_run_is_the_neighbour(make_task):
+    shorter, longer = (" ".join(COPIED_RUN.split()[:count]) for count in (9, 12))
     task = make_task("things", instances=[(f"b c d {shorter} a", "x"), (f"e f g {longer} b", "x")])
     (row,) = made([task], pairs(COPIED_RUN), "trainset.decontaminate=drop", "trainset.overlap_rouge=1")
     assert row["suspects"] == ["things-0", "things-1"]
-    assert (row["neighbour"], row["measured"]) == ("things-1", float(len(longer.split())))
+    assert (row["neighbour"], row["measured"]) == ("things-1", 12.0)
 
 
-@pytest.mark.parametrize("shown", ["instruction", "example", "answer"])
-def test_words_that_the_task_itself_shows_are_no_overlap(make_task, shown):
-    run = " ".join(HELD_OUT.split()[:9])
-    given = {
-        "instruction": {"instruction": f"Say what {run} is."},
-        "example": {"examples": [(f"{run} here", "b")]},
-        "answer": {"examples": [("a", f"the {run}")]},
-    }[shown]
-    frame = run + " with {} of its own words, which differ from all the other ones in it: {}"
-    instances = [(frame.format("none", "left right up down in out"), "x")]
-    written = frame.format("many", "red green blue white black grey").removesuffix("grey") + "and an end quite apart"
-    settings = ("trainset.overlap_rouge=1", "trainset.overlap_words=9")
-    (marked,) = made([make_task("things", instances=instances)], pairs(written), *settings)
-    assert marked["overlap"] == "words"
-    task = make_task("things", instances=[(instances[0][0].split(" with ")[0] + " z", "x")], **given)
-    (row,) = made([task], pairs(f"{run} and more"), *settings)
-    assert (row["suspects"], row["overlap"]) == ([], None)
+@pytest.mark.parametrize(
+    ("given", "overlap"),
+    [
+        ({}, "words"),
+        ({"instruction": f"Say what {HELD_OUT} is."}, None),
+        ({"examples": [(f"{HELD_OUT} here", "b")]}, None),
+        ({"examples": [("a", f"the {HELD_OUT}")]}, None),
+        ({"examples": [("a", f"the {HELD_OUT[12:]}")]}, "words"),
+    ],
+)
+def test_words_that_the_task_itself_shows_are_no_overlap(make_task, given, overlap):
+    task = make_task("things", instances=[(f"{HELD_OUT} by the sea", "x")], **given)
+    settings = ("trainset.overlap_rouge=1", "trainset.overlap_words=10", "trainset.length_filter=false")
+    (row,) = made([task], pairs(f"{HELD_OUT} and more"), *settings)
+    assert (row["suspects"], row["overlap"]) == (["things-0"] if overlap else [], overlap)
 
 
 def test_an_example_that_equals_a_held_out_instance_is_a_suspect_and_stays(make_task):
