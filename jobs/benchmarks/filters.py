@@ -15,7 +15,7 @@ from selfguide_ray.metrics import rouge_tokens
 from selfguide_ray.schema import Instance, Task
 from selfguide_ray.trainset import Votes, balance, elect
 
-ROWS, TASKS = 1_000_000, 1000
+ROWS, PER_TASK = 1_000_000, 1000
 OVERLAPPED, INSTANCES = 10, 100  # tasks whose pairs are held against so many held-out instances, and counted apart
 
 
@@ -25,7 +25,7 @@ def filters(arguments: argparse.Namespace) -> Measured:
     Seconds are the processor's for this process: other work on the machine is none of theirs.
     """
     language, config, total = Language(0), Config(), arguments.rows or ROWS
-    tasks = min(TASKS, total)
+    tasks = max(1, total // PER_TASK)
     seconds: Counter[str] = Counter()
     verdicts: Counter[str] = Counter()
     elections, pairs, overlapping = 0, 0, 0.0
