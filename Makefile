@@ -27,6 +27,8 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed  ## the benchmarks that this machine can run
 	$(BIN)/python jobs/benchmark.py loading --json build/loading.json
 	$(BIN)/python jobs/benchmark.py generation --json build/generation.json
+	$(BIN)/python jobs/benchmark.py novelty --json build/novelty.json
+	$(BIN)/python jobs/benchmark.py filters --json build/filters.json
 	$(BIN)/python jobs/benchmark.py training --json build/training.json
 
 clean:

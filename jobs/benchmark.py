@@ -4,6 +4,8 @@ python jobs/benchmark.py NAME --json FILE [--data NATURAL_INSTRUCTIONS] [--repea
 
 loading     the offline suite of tasks
 generation  the engine on many requests that share prefixes, and its rows, adapters and memory
+novelty     the ROUGE-L of every row of a task with every other
+filters     all other filters, on many rows
 training    many small tasks fine-tuned, against a process or a Ray Train run for each
 zero_memory a worker's memory with ZeRO-3 and with ZeRO-0
 gpu         vLLM inside a Ray actor, on a GPU
@@ -26,6 +28,8 @@ PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "pyarrow", "sel
 BENCHMARKS: dict[str, str] = {  # the module and function of each: what one needs is imported for none of the others
     "loading": "benchmarks.loading:loading",
     "generation": "benchmarks.generation:generation",
+    "novelty": "benchmarks.novelty:novelty",
+    "filters": "benchmarks.filters:filters",
     "training": "benchmarks.training:training",
     "zero_memory": "benchmarks.zero_memory:zero_memory",
     "gpu": "benchmarks.gpu:gpu",
@@ -44,6 +48,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="15M,120M", help="generation: models, the first for the headline")
     parser.add_argument("--requests", type=int, default=64, help="generation, gpu: requests of a task")
     parser.add_argument("--threads", type=int, default=1, help="generation: threads of every engine")
+    parser.add_argument("--rows", type=int, help="novelty: rows of a task (500); filters: of all tasks (1,000,000)")
     parser.add_argument("--vllm", help="generation, gpu: a Python interpreter that has vLLM")
     parser.add_argument("--quick", action="store_true", help="generation, training: only the rates")
     parser.add_argument("--model", default="embedded/nano", help="gpu: a model's folder or name")

@@ -10,7 +10,7 @@ from selfguide_ray.config import Config
 from selfguide_ray.config import Trainset as Settings
 from selfguide_ray.filters import Verdict
 from selfguide_ray.schema import Example, Instance, Task, row_seed
-from selfguide_ray.votes import MakeRules, cast_vote, elect, likeliest
+from selfguide_ray.votes import Votes, elect, likeliest
 
 # --- floors: no model
 
@@ -55,14 +55,13 @@ def shown(system: str, task: Task, pairs: Sequence[Example], seed: int) -> tuple
 # --- prompted, with several samples: how one answer is made of them
 
 
-def first_survivor(task: Task, candidates: list[dict[str, Any]], settings: Settings, rules: MakeRules) -> str | None:
+def first_survivor(task: Task, candidates: list[dict[str, Any]], settings: Settings, votes: Votes) -> str | None:
     """The likeliest answer that passes the filters, and for classification names a label (the reference's ICL + filters)."""
-    bounds = rules(task, settings)
-    votes = (cast_vote(candidates[i]["output"], task, bounds, settings) for i in likeliest(candidates, settings))
-    return next((vote for vote in votes if not isinstance(vote, Verdict)), None)
+    cast = (votes[candidates[i]["output"]] for i in likeliest(candidates, settings))
+    return next((vote for vote in cast if not isinstance(vote, Verdict)), None)
 
 
-CHOICES: dict[str, Callable[[Task, list[dict[str, Any]], Settings, MakeRules], str | None]] = {
+CHOICES: dict[str, Callable[[Task, list[dict[str, Any]], Settings, Votes], str | None]] = {
     "few_shot_vote": lambda *given: elect(*given)[0],  # the annotator itself
     "few_shot_filtered": first_survivor,
 }

@@ -238,10 +238,25 @@ class Trainset(Section):
     """Pairs that self_icl shows as examples and self_icl_tuned learns, as many of each label; the reference's number."""
     flipped: float = Field(1.0, ge=0, le=1)
     """Share of the pairs that flipped_tuned learns with a wrong answer."""
+    novelty: float | None = Field(None, ge=0, le=1)
+    """Drop a pair whose input has a higher ROUGE-L than this with an example's, or with a surviving pair's before it."""
+    middle_lengths: float | None = Field(None, gt=0, le=1)
+    """Keep this share of a task's pairs, the middle by length of input: 0.8 drops the shortest and the longest tenth."""
+    decontaminate: Literal["off", "mark", "drop"] = "mark"
+    """Pairs whose input overlaps that of a held-out instance, or equals it: not looked for, marked, or dropped."""
+    overlap_words: int = Field(8, ge=1)
+    """Inputs overlap if they share a run of so many words that neither the task's instruction nor an example holds."""
+    overlap_rouge: float = Field(0.8, gt=0, le=1)
+    """Inputs overlap if their ROUGE-L is at least this."""
     balance: bool = True
     """Keep as many pairs of each label as the rarest label has (classification)."""
     max_tokens: int = Field(2000, ge=16)
     """Pairs longer than this are dropped, never cut."""
+
+    @field_validator("decontaminate", mode="before")
+    @classmethod
+    def _off_in_yaml(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads a bare `off` as false
 
 
 class Models(Section):
@@ -348,6 +363,8 @@ AS_REFERENCE: dict[str, dict[str, Any]] = {
     "trainset": {
         "length_slack": 0.0,
         "prefixes": (),
+        "novelty": None,
+        "middle_lengths": None,
         "vote": "exact",
         "vote_among": "survivors",
         "vote_weight": "one",

@@ -4,6 +4,7 @@ A filter is a function of a text and the task's rules; it returns None to let th
 bound it held that against. Its name in FILTERS is the drop reason; the first that speaks decides (statement 11).
 """
 
+import functools
 import re
 import statistics
 import unicodedata
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 from selfguide_ray.schema import ITEM
 
-QUOTES = (('"', '"'), ("'", "'"), ("\u201c", "\u201d"), ("\u2018", "\u2019"), ("`", "`"))
+QUOTES = {'"': '"', "'": "'", "\u201c": "\u201d", "\u2018": "\u2019", "`": "`"}  # opening → closing
 BLANK_LINE = re.compile(r"\n\s*\n")
 
 
@@ -41,12 +42,10 @@ Finding = tuple[float | None, str | None]
 def clean(text: str) -> str:
     """Outer white space, an echoed item key and quotes around the whole text removed (decisions on B8, B10)."""
     text = _without_key(text)
-    for opening, closing in QUOTES:
-        inner = text[1:-1]
-        quoted = len(text) >= 2 and text[0] == opening and text[-1] == closing
-        if quoted and opening not in inner and closing not in inner:
-            return _without_key(inner)
-    return text
+    opening, inner = text[:1], text[1:-1]
+    closing = QUOTES.get(opening)
+    quoted = closing is not None and len(text) >= 2 and text[-1] == closing
+    return _without_key(inner) if quoted and opening not in inner and closing not in inner else text
 
 
 def _without_key(text: str) -> str:
@@ -55,7 +54,8 @@ def _without_key(text: str) -> str:
 
 def identity(text: str) -> str:
     """What two texts share that count as one (decision on B9): NFKC, case, white space and outer quotes set aside."""
-    return clean(" ".join(unicodedata.normalize("NFKC", text).casefold().split()))
+    composed = text if text.isascii() else unicodedata.normalize("NFKC", text)
+    return clean(" ".join(composed.casefold().split()))
 
 
 def length_bounds(texts: Sequence[str], sigmas: float, slack: float) -> tuple[float, float]:
@@ -72,9 +72,12 @@ def length_bounds(texts: Sequence[str], sigmas: float, slack: float) -> tuple[fl
 def noise_pattern(words: Iterable[str], shown: Sequence[str]) -> re.Pattern[str]:
     """Matches a blank line or one of the words, as a whole word and in its case (decision on B8).
 
-    A word or blank line that the task's own examples (`shown`) hold is no noise in this task.
+    A word or blank line that the task's own examples (`shown`) hold is no noise in this task. Every alternative begins
+    with a character, and looks behind it only at its end: so `re` tries them at those characters, not at each place.
     """
-    candidates = [BLANK_LINE.pattern, *(r"(?<!\w)" * (w[:1].isalnum()) + _whole(w) for w in words if w)]
+    words = [word for word in words if word]
+    patterns = [re.escape(w) + rf"(?<!\w{re.escape(w)})" * (w[:1].isalnum()) + _end(w) for w in words]
+    candidates = [BLANK_LINE.pattern, *patterns]
     banned = [pattern for pattern in candidates if not any(re.search(pattern, text) for text in shown)]
     return re.compile("|".join(banned) or r"(?!)")
 
@@ -84,14 +87,14 @@ def prefix_pattern(prefixes: Iterable[str], shown: Sequence[str]) -> re.Pattern[
 
     A word that begins one of the task's own examples (`shown`) is no reason in this task.
     """
-    candidates = [_whole(prefix.strip()) for prefix in prefixes if prefix.strip()]
+    candidates = [re.escape(p) + _end(p) for p in map(str.strip, prefixes) if p]
     banned = [pattern for pattern in candidates if not any(re.match(pattern, text, re.IGNORECASE) for text in shown)]
     return re.compile("|".join(banned) or r"(?!)", re.IGNORECASE)
 
 
-def _whole(word: str) -> str:
-    """A pattern for the word that does not end inside a longer one."""
-    return re.escape(word) + r"(?!\w)" * (word[-1:].isalnum())
+def _end(word: str) -> str:
+    """What follows a word's pattern, so that it does not end inside a longer one."""
+    return r"(?!\w)" * (word[-1:].isalnum())
 
 
 def empty(text: str, rules: Rules) -> Finding | None:
@@ -142,15 +145,16 @@ class Seen:
 
     def __init__(self, known: Iterable[tuple[str, str]] = ()) -> None:
         self._ids = {identity(text): row for row, text in reversed(list(known))}
+        self._identity = functools.lru_cache(maxsize=1)(identity)  # a text that is judged novel is then added
 
     def judge(self, text: str) -> Verdict | None:
         """`duplicate` with the id of the text it repeats."""
-        neighbour = self._ids.get(identity(text))
+        neighbour = self._ids.get(self._identity(text))
         return Verdict("duplicate", 1.0, "no equal text", neighbour) if neighbour is not None else None
 
     def add(self, row: str, text: str) -> None:
         """Remember a text under the id of its row."""
-        self._ids.setdefault(identity(text), row)
+        self._ids.setdefault(self._identity(text), row)
 
 
 def find_label(text: str, labels: Sequence[str]) -> str | Verdict:
@@ -162,14 +166,13 @@ def find_label(text: str, labels: Sequence[str]) -> str | Verdict:
     text = text.strip()
     if text in labels:
         return text
-    fold = str.casefold if len({label.casefold() for label in labels}) == len(labels) else str
-    # A final dot is no part of a label's name ("Yes."), unless the label is nothing else or two labels differ by it.
-    bare = [fold(label.rstrip(".")) or fold(label) for label in labels]
-    names = bare if len(set(bare)) == len(bare) else [fold(label) for label in labels]
+    fold, names = _label_names(tuple(labels))
+    folded = fold(text)
     spans = [
         (m.start(), m.end(), label)
-        for name, label in zip(names, labels, strict=True)
-        for m in re.finditer(rf"(?<!\w){re.escape(name)}(?!\w)", fold(text))
+        for name, pattern, label in names
+        if name in folded
+        for m in pattern.finditer(folded)
     ]
     named = {
         label
@@ -179,3 +182,14 @@ def find_label(text: str, labels: Sequence[str]) -> str | Verdict:
     if len(named) == 1:
         return named.pop()
     return Verdict("ambiguous_label" if named else "no_label", float(len(named)), "names exactly 1 label")
+
+
+@functools.lru_cache(maxsize=64)  # tasks are filtered one after another
+def _label_names(labels: tuple[str, ...]) -> tuple[Callable[[str], str], list[tuple[str, re.Pattern[str], str]]]:
+    """How case is set aside, and for each label its name, the pattern that finds it as a whole word, and itself."""
+    fold = str.casefold if len({label.casefold() for label in labels}) == len(labels) else str
+    # A final dot is no part of a label's name ("Yes."), unless the label is nothing else or two labels differ by it.
+    bare = [fold(label.rstrip(".")) or fold(label) for label in labels]
+    names = bare if len(set(bare)) == len(bare) else [fold(label) for label in labels]
+    patterns = [re.compile(rf"(?<!\w){re.escape(name)}(?!\w)") for name in names]
+    return fold, list(zip(names, patterns, labels, strict=True))

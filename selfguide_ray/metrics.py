@@ -15,6 +15,7 @@ import numpy as np
 from rapidfuzz.distance import LCSseq
 
 PUNCTUATION = str.maketrans("", "", string.punctuation)
+SPACES = str.maketrans({chr(c): " " for c in range(128) if not chr(c).isalnum()})
 STEMMED_FROM = 4  # rouge_score stems words longer than three letters
 ENUMERATED = 12  # with so many differences or fewer, a paired test goes through all 2^k patterns of signs
 FLIPS = 10_000  # random patterns of signs behind the p-value of more differences
@@ -42,8 +43,9 @@ def _stemmer() -> Callable[[str], str]:
 
 def rouge_tokens(text: str) -> list[str]:
     """Runs of a-z and 0-9 in the lower-cased text, stemmed; text in other scripts has none."""
-    stem = _stemmer()
-    return [stem(w) if len(w) >= STEMMED_FROM else w for w in re.sub(r"[^a-z0-9]+", " ", text.lower()).split()]
+    stem, text = _stemmer(), text.lower()
+    spaced = text.translate(SPACES) if text.isascii() else re.sub(r"[^a-z0-9]+", " ", text)  # the former is faster
+    return [stem(w) if len(w) >= STEMMED_FROM else w for w in spaced.split()]
 
 
 def rouge_l(prediction: str, references: Sequence[str]) -> float:

@@ -16,7 +16,7 @@ from selfguide_ray.prompts import held_to_labels
 from selfguide_ray.run import Run, model_of
 from selfguide_ray.schema import TABLES, Example, Instance, Task, evaluated, row_seed, tasks_of
 from selfguide_ray.student import facts
-from selfguide_ray.votes import candidate
+from selfguide_ray.votes import Votes, candidate
 
 
 class Predictions:
@@ -32,6 +32,9 @@ class Predictions:
         self.student = facts(config.student)
         limit, new_tokens = config.student.max_prompt_tokens, config.outputs.max_new_tokens
         self.prompts = reference.PROMPTS[config.method].within(engine.tokenizer, limit, engine.context, new_tokens)
+        self.annotation = reference.ANNOTATION[config.method].within(
+            engine.tokenizer, limit, engine.context, new_tokens
+        )
         self.said = reference.SAID[config.method]
         self.params = SamplingParams(max_new_tokens=new_tokens, stops=self.prompts.answer_stops)
         sampling = config.outputs
@@ -64,8 +67,11 @@ class Predictions:
                         answered, wanted = self._ask(task, theirs, system, examples, adapters.get(system))
                         asked += [(task, row) for row in answered]
                         requests += wanted
+            votes: dict[str, Votes] = {}
             for (task, row), completions in zip(asked, self.engine.generate(requests), strict=True):
-                row.update(prediction=self._chosen(task, row["system"], completions))
+                if row["system"] in CHOICES and task.name not in votes:
+                    votes[task.name] = Votes(task, self.config.trainset, reference.RULES[self.config.method])
+                row.update(prediction=self._chosen(task, row["system"], completions, votes.get(task.name)))
                 row.update(finish_reason=completions[0].finish_reason)
         return pa.Table.from_pylist(rows, schema=TABLES["predictions"])
 
@@ -78,7 +84,8 @@ class Predictions:
         adapter: str | None,
     ) -> tuple[list[dict[str, Any]], list[Request]]:
         """The rows that an engine answers and their requests; a prompt without room is answered by nothing, which is wrong."""
-        prompts = [self.prompts.answering(task, row["input"], examples) for row in rows]
+        renderer = self.annotation if system in CHOICES else self.prompts
+        prompts = [renderer.answering(task, row["input"], examples) for row in rows]
         for row in rows:
             row.update(prediction="", finish_reason="too_long")
         asked = [(row, prompt.ids) for row, prompt in zip(rows, prompts, strict=True) if not prompt.too_long]
@@ -93,12 +100,12 @@ class Predictions:
         wanted = [Request(a, b, params, seed, adapter) for (a, b), seed in zip(split, seeds, strict=True)]
         return answered, wanted
 
-    def _chosen(self, task: Task, system: str, completions: list[Completion]) -> str:
+    def _chosen(self, task: Task, system: str, completions: list[Completion], votes: Votes | None) -> str:
         """The answer of a system; nothing where no sample of several survives, which is wrong."""
         if system not in CHOICES:
             return self.said(completions[0].text)
         candidates = [candidate(completion) for completion in completions]
-        return CHOICES[system](task, candidates, self.config.trainset, reference.RULES[self.config.method]) or ""
+        return CHOICES[system](task, candidates, self.config.trainset, votes) or ""
 
     def _adapter(self, task: Task, system: str, stack: contextlib.ExitStack) -> str | None:
         """The tuned model's folder. A task that had nothing to learn from keeps the student as it is."""

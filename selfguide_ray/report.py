@@ -25,6 +25,7 @@ from selfguide_ray.metrics import METRICS
 from selfguide_ray.run import PLAN, READS, Run
 from selfguide_ray.schema import TABLES, TASK_COLUMNS, Task, tasks_of
 from selfguide_ray.standings import FAMILIES, FLOORS, PROMPTED, TUNED, Board, best_of, score_table, standings
+from selfguide_ray.suspects import suspicions
 
 METRIC_NAMES = {
     "exact_match": "exact match",
@@ -67,6 +68,7 @@ def write_report(run: Run, config: Config) -> str:
         families=[standings(board, family) for family in FAMILIES if board.family(family)],
         board=score_table(board),
         gains=significance.told(board),
+        suspicions=suspicions(board),
         funnel=funnel(run, plan) | {"lacking": lacking(run, plan, config.inputs.least)},
         models=models,
         samples=samples(run, plan),

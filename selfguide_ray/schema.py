@@ -147,6 +147,8 @@ TABLES: dict[str, pa.Schema] = {
             ("prompt", pa.string()),
             ("completion", pa.string()),
             ("tokens", pa.int32()),
+            ("suspects", pa.list_(pa.string())),  # ids of the held-out instances it overlaps; null: not looked for
+            ("overlap", pa.string()),  # with the strongest of them: exact, words or rouge_l
             *VERDICT,
         ]
     ),
@@ -172,11 +174,14 @@ TABLES: dict[str, pa.Schema] = {
             ("low", pa.float64()),  # 95 % bootstrap interval
             ("high", pa.float64()),
             ("against", pa.list_(GAIN)),  # of a system that learns, over each prompted system and floor
+            ("clean_value", pa.float64()),  # without the instances that what was learned or shown overlaps
+            ("clean_n", pa.int32()),  # those that are left; null: overlaps were not looked for
         ]
     ),
 }
 
-# What the stages that make training data may see of a task: never its held-out instances.
+# What the stages that make training data may see of a task: never its held-out instances. (One exception: `trainset`
+# reads their inputs to keep pairs apart from them.)
 TASK_COLUMNS = tuple(name for name in TABLES["tasks"].names if name not in PEOPLES)
 
 TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")

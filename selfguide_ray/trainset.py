@@ -5,7 +5,6 @@ All thresholds on answers live in this section, so changing one makes this table
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any, ClassVar
 
 import pyarrow as pa
@@ -17,14 +16,16 @@ from selfguide_ray.engine import Engine
 from selfguide_ray.filters import Verdict
 from selfguide_ray.run import Run
 from selfguide_ray.schema import TABLES, TASK_COLUMNS, Example, Task, row_seed, tasks_of
-from selfguide_ray.votes import elect
+from selfguide_ray.sifting import held_out, mark, sift
+from selfguide_ray.votes import Votes, elect
 
 
 class Trainset:
     """tasks, outputs → trainset."""
 
     writes: ClassVar = "trainset"
-    reads: ClassVar = {"tasks": (*TASK_COLUMNS, "gold"), "outputs": None}
+    # Held-out instances are read for one purpose: to find, and never to make, pairs that overlap them.
+    reads: ClassVar = {"tasks": (*TASK_COLUMNS, "instances", "gold"), "outputs": None}
 
     def __init__(self, config: Config, run: Run, engine: Engine) -> None:
         self.config, limit = config, config.student.max_prompt_tokens
@@ -39,23 +40,34 @@ class Trainset:
         rows = []
         answered = outputs.to_pylist()
         for task in tasks_of(tasks):
+            settings = self.config.trainset
+            votes, apart = Votes(task, settings, self.rules), held_out(task, settings)
             theirs = [row for row in answered if row["task"] == task.name]
-            mine = [self._pair(task, row) for row in theirs]
-            if task.labels and self.config.trainset.balance:
+            mine = [self._pair(task, row, votes) for row in theirs]
+            sift(task, mine, apart, settings)
+            if task.labels and settings.balance:
                 balance(mine, row_seed(self.config.seed, task.name, "balance"))
             rows += [row | {"system": "selfguide"} for row in mine]
             for system in self.config.predictions.taught:
-                for one in taught(system, task, mine, theirs, self.config):
-                    pair = {"task": task.name, "system": system, "id": one.id, "input": one.input}
-                    rows.append(self._rendered(pair, task, one.output, one.shown))
+                learned = [
+                    self._rendered(
+                        {"task": task.name, "system": system, "id": one.id, "input": one.input},
+                        task,
+                        one.output,
+                        one.shown,
+                    )
+                    for one in taught(system, task, mine, theirs, self.config)
+                ]
+                mark(learned, apart)
+                rows += learned
         return pa.Table.from_pylist(rows, schema=TABLES["trainset"])
 
-    def _pair(self, task: Task, row: dict[str, Any]) -> dict[str, Any]:
+    def _pair(self, task: Task, row: dict[str, Any], votes: Votes) -> dict[str, Any]:
         """One input with its elected answer, rendered as the model will see it."""
         pair = {key: row[key] for key in ("task", "id", "label", "input", "drop_reason")}
         if row["drop_reason"] is not None:
             return pair
-        output, election = elect(task, row["candidates"], self.config.trainset, self.rules)
+        output, election = elect(task, row["candidates"], self.config.trainset, votes)
         pair.update(election)
         if task.labels and self.config.trainset.answer != "voted":
             output = self._held_to_wanted(pair, output)
@@ -67,7 +79,7 @@ class Trainset:
             pair.update(dict.fromkeys(("drop_reason", "measured", "bound", "neighbour")))
             return pair["label"]
         if output is not None and output != pair["label"]:
-            pair.update(asdict(Verdict("disagreed", None, f"the label asked for, {pair['label']}")), output=output)
+            pair.update(vars(Verdict("disagreed", None, f"the label asked for, {pair['label']}")), output=output)
             return None
         return output
 
@@ -78,9 +90,9 @@ class Trainset:
         tokens = len(prompt.ids) + len(self.prompts.tokenizer.encode(completion))
         pair.update(output=output, prompt=prompt.text, completion=completion, tokens=tokens)
         if prompt.too_long:
-            pair.update(asdict(Verdict("too_long", float(len(prompt.ids)), f"{self.prompts.max_tokens} tokens")))
+            pair.update(vars(Verdict("too_long", float(len(prompt.ids)), f"{self.prompts.max_tokens} tokens")))
         elif tokens > self.longest:
-            pair.update(asdict(Verdict("too_long", float(tokens), f"{self.longest} tokens")))
+            pair.update(vars(Verdict("too_long", float(tokens), f"{self.longest} tokens")))
         return pair
 
 
@@ -97,4 +109,4 @@ def balance(rows: list[dict[str, Any]], seed: int) -> None:
     rng = random.Random(seed)
     for label in sorted(alive):
         for row in rng.sample(alive[label], len(alive[label]) - rarest):
-            row.update(asdict(Verdict("imbalanced", float(len(alive[label])), f"{rarest} of each label")))
+            row.update(vars(Verdict("imbalanced", float(len(alive[label])), f"{rarest} of each label")))

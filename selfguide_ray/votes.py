@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 from selfguide_ray.config import Trainset as Settings
@@ -36,48 +35,77 @@ def answer_rules(task: Task, settings: Settings) -> Rules:
     )
 
 
+def cast_vote(text: str, task: Task, rules: Rules, settings: Settings) -> str | Verdict:
+    """A candidate's vote, or why it has none."""
+    text = text.strip()
+    verdict = judge(text, rules)
+    if verdict is not None or not task.labels:
+        return verdict or text
+    if settings.extract_labels:
+        return find_label(text, task.labels)
+    return text if text in task.labels else Verdict("no_label")
+
+
+class Votes(dict[str, str | Verdict]):
+    """What `cast_vote` says of each answer to a task: students repeat themselves, and equal answers are judged once."""
+
+    def __init__(self, task: Task, settings: Settings, make_rules: MakeRules = answer_rules) -> None:
+        self.task, self.settings, self.rules = task, settings, make_rules(task, settings)
+
+    def __missing__(self, text: str) -> str | Verdict:
+        vote = self[text] = cast_vote(text, self.task, self.rules, self.settings)
+        return vote
+
+
 def elect(
-    task: Task, candidates: list[dict[str, Any]], settings: Settings, make_rules: MakeRules = answer_rules
+    task: Task, candidates: list[dict[str, Any]], settings: Settings, votes: Votes | None = None
 ) -> tuple[str | None, dict[str, Any]]:
     """The answer that wins the vote, and the columns that tell how; None and a drop reason if none does.
 
     The `keep` likeliest candidates pass the filters and vote (statements 13-16): most votes, then shortest, then first.
-    By consensus an answer's share is its mean ROUGE-L with the others; a lone one has all.
+    By consensus an answer's share is its mean ROUGE-L with the others; a lone one has all. `votes` are the task's.
     """
-    voting_ones = likeliest(candidates, settings)
-    rules = make_rules(task, settings)
-
-    def weight(candidate: dict[str, Any]) -> float:
-        known = settings.vote_weight == "probability" and candidate["probability"] is not None
-        return candidate["probability"] if known else 1
-
+    votes = Votes(task, settings) if votes is None else votes
+    voting = likeliest(candidates, settings)
     verdicts: list[str | None] = ["not_kept"] * len(candidates)
     ballots: list[str] = []
-    weights: Counter[str] = Counter()
-    for index in sorted(voting_ones):
-        vote = cast_vote(candidates[index]["output"], task, rules, settings)
-        verdicts[index] = vote.drop_reason if isinstance(vote, Verdict) else None
-        if not isinstance(vote, Verdict):
+    weights: dict[str, float] = {}
+    for index in sorted(voting):
+        vote = votes[candidates[index]["output"]]
+        if isinstance(vote, Verdict):
+            verdicts[index] = vote.drop_reason
+        else:
+            verdicts[index] = None
             ballots.append(vote)
-            weights[vote] += weight(candidates[index])
+            weights[vote] = weights.get(vote, 0) + _weight(candidates[index], settings)
     told: dict[str, Any] = {"verdicts": verdicts, "voters": len(ballots), "votes": 0}
     if not ballots:
         # Nobody votes: the commonest reason among the candidates is the row's.
         reasons = Counter(verdict for verdict in verdicts if verdict != "not_kept")
-        return None, told | asdict(Verdict(reasons.most_common(1)[0][0] or "empty", 0.0, "at least 1 vote"))
+        return None, told | vars(Verdict(reasons.most_common(1)[0][0] or "empty", 0.0, "at least 1 vote"))
     if settings.vote == "consensus" and not task.labels:
         shares = consensus(ballots)
     else:
-        voters = (
-            weights.total() if settings.vote_among == "survivors" else sum(weight(candidates[i]) for i in voting_ones)
+        among = (
+            weights.values()
+            if settings.vote_among == "survivors"
+            else (_weight(candidates[i], settings) for i in voting)
         )
-        shares = {text: of_all / voters if voters else 0.0 for text, of_all in weights.items()}
-    winner = min(shares, key=lambda text: (-shares[text], len(text), ballots.index(text)))
+        whole = sum(among)
+        shares = {text: weight / whole if whole else 0.0 for text, weight in weights.items()}
+    winner = min(shares, key=lambda text: (-shares[text], len(text)))  # of equals the first that was cast
     told["votes"] = ballots.count(winner)
     share = shares[winner]
     if share < settings.min_frequency:
-        return None, told | asdict(Verdict("no_majority", share, f"at least {settings.min_frequency:g} of the votes"))
+        return None, told | vars(Verdict("no_majority", share, f"at least {settings.min_frequency:g} of the votes"))
     return winner, told
+
+
+def _weight(candidate: dict[str, Any], settings: Settings) -> float:
+    """What a candidate's vote weighs; 1 where the student was not held to labels."""
+    if settings.vote_weight == "one" or candidate["probability"] is None:
+        return 1
+    return candidate["probability"]
 
 
 def consensus(ballots: list[str]) -> dict[str, float]:
@@ -95,15 +123,5 @@ def consensus(ballots: list[str]) -> dict[str, float]:
 
 def likeliest(candidates: list[dict[str, Any]], settings: Settings) -> list[int]:
     """Places of the candidates that may vote, those with the highest summed log-probability first."""
-    return sorted(range(len(candidates)), key=lambda i: (-candidates[i]["logprob"], i))[: settings.keep]
-
-
-def cast_vote(text: str, task: Task, rules: Rules, settings: Settings) -> str | Verdict:
-    """A candidate's vote, or why it has none."""
-    text = text.strip()
-    verdict = judge(text, rules)
-    if verdict is not None or not task.labels:
-        return verdict or text
-    if settings.extract_labels:
-        return find_label(text, task.labels)
-    return text if text in task.labels else Verdict("no_label")
+    improbable = [-candidate["logprob"] for candidate in candidates]
+    return sorted(range(len(candidates)), key=improbable.__getitem__)[: settings.keep]  # of equals the first

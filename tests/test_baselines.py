@@ -14,7 +14,7 @@ from selfguide_ray.embedded import resolve
 from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.schema import Example, Instance
 from selfguide_ray.task_files import read_task, task_files
-from selfguide_ray.votes import answer_rules
+from selfguide_ray.votes import Votes
 
 EVERY = [
     "few_shot", "few_shot_random", "few_shot_filtered", "few_shot_vote", "self_icl", "few_shot_tuned", "self_icl_tuned",
@@ -150,14 +150,17 @@ def candidates(*texts):
 )
 def test_one_answer_is_made_of_several_samples(make_task, texts, voted, filtered):
     task, rules = make_task(), Trainset(length_slack=20.0)
-    assert CHOICES["few_shot_vote"](task, candidates(*texts), rules, answer_rules) == voted
-    assert CHOICES["few_shot_filtered"](task, candidates(*texts), rules, answer_rules) == filtered
+    assert CHOICES["few_shot_vote"](task, candidates(*texts), rules, Votes(task, rules)) == voted
+    assert CHOICES["few_shot_filtered"](task, candidates(*texts), rules, Votes(task, rules)) == filtered
 
 
 def test_the_first_label_that_a_survivor_names_is_the_filtered_answer(make_task):
     task = make_task(labels=("yes", "no"))
     assert (
-        CHOICES["few_shot_filtered"](task, candidates("perhaps", "I say no", "yes"), Trainset(), answer_rules) == "no"
+        CHOICES["few_shot_filtered"](
+            task, candidates("perhaps", "I say no", "yes"), Trainset(), Votes(task, Trainset())
+        )
+        == "no"
     )
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from selfguide_ray.errors import SelfGuideError
 JOBS = Path(__file__).parents[1] / "jobs"
 sys.path.insert(0, str(JOBS))
 
-from benchmarks import adapters, generation, gpu, identity, memory, peers, training  # noqa: E402
+from benchmarks import adapters, filters, generation, gpu, identity, made_up, memory, novelty, peers, training  # noqa: E402
 from benchmarks.workload import EOS, SHAPES, Work, save_model  # noqa: E402
 
 TINY = SHAPES["tiny"]
@@ -160,3 +161,54 @@ def test_the_pairs_to_train_on_are_decided_by_seeds(tmp_path):
 def test_the_peer_of_training_learns_in_a_process_of_its_own(tmp_path):
     config = training.Exercise(tasks=1, pairs=2).write(tmp_path / "run", training.NANO)
     assert training.theirs(config, "task00") > 0
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_novelty_is_measured_against_rouge_score_and_what_else_is_there(monkeypatch, installed):
+    monkeypatch.setitem(sys.modules, "datasketch", MINHASH if installed else None)
+    told = novelty.novelty(argparse.Namespace(rows=20, repeats=1))
+    assert set(told["rates"]) == {"ours", "rouge_score"} | ({"datasketch"} if installed else set())
+    assert all(rate > 0 for rate in told["rates"].values())
+    assert told["largest_difference_to_rouge_score"] < 1e-9
+    assert 0 < told["share_dropped"]["ours"][0] < 0.5
+    assert ("datasketch" in told["not_run"]) != installed
+    assert told["unit"] == "pairs/s"
+
+
+class Index(dict):
+    """Datasketch's interface, by equality instead of by hashes."""
+
+    def __init__(self, threshold, num_perm):
+        super().__init__()
+
+    def query(self, words):
+        return [place for place, other in self.items() if other == words]
+
+    def insert(self, place, words):
+        self[place] = words
+
+
+class Words(set):
+    def __init__(self, num_perm):
+        super().__init__()
+
+    def update_batch(self, words):
+        self.update(words)
+
+
+MINHASH = SimpleNamespace(MinHash=Words, MinHashLSH=Index)
+
+
+def test_filters_are_measured_over_rows_of_all_fates():
+    told = filters.filters(argparse.Namespace(rows=2000))
+    assert sum(told["verdicts"].values()) == 2000
+    assert {"kept", "duplicate", "length", "noise", "empty"} <= set(told["verdicts"])
+    assert told["verdicts"]["kept"] > 1000
+    assert told["rates"].keys() == {"ours"}
+    assert set(told["seconds"]) == {"inputs", "answers", "balance"}
+
+
+def test_made_up_rows_are_decided_by_their_seed():
+    first, again, other = (made_up.Language(seed).texts(50) for seed in (1, 1, 2))
+    assert first == again != other
+    assert 30 < sum(len(text.split()) for text in first) / 50 < 44

@@ -17,16 +17,14 @@ TUNING = [
     "pairs", "base", "last_layer", "layout", "adapter_stack", "side_by_side", "zero", "sharded_state", "data_parallel",
     "scripted",
 ]  # fmt: skip
+TEXTS = ["prompts", "filters", "metrics", "similarity", "contamination"]
 # From the bottom up; a module imports from lower rows only. A row marked "apart" holds modules that never meet.
 LAYERS = [
     ("vocabulary", ["errors", "embedded", "schema", "config", "config_file"]),
     ("files", ["run", "student", "task_files", "failures", "status"]),
-    (
-        "tools",
-        ["engine", *(f"engine.{name}" for name in ENGINE), "prompts", "filters", "metrics", "reference", "votes"],
-    ),
-    ("boards", ["standings", "significance", "comparison", "charts"]),
-    ("under the tables", ["tuning", *(f"tuning.{name}" for name in TUNING), "baselines", "verification"]),
+    ("tools", ["engine", *(f"engine.{name}" for name in ENGINE), *TEXTS, "reference", "votes"]),
+    ("boards", ["standings", "significance", "suspects", "comparison", "charts"]),
+    ("under the tables", ["tuning", *(f"tuning.{name}" for name in TUNING), "baselines", "sifting", "verification"]),
     ("tables, apart", ["tasks", "inputs", "outputs", "trainset", "models", "predictions", "scores", "report"]),
     (
         "students",

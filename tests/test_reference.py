@@ -24,7 +24,8 @@ from selfguide_ray.reference import (
 )
 from selfguide_ray.run import READS, made_by
 from selfguide_ray.schema import TABLES, Example, task_rows
-from selfguide_ray.trainset import Trainset, elect
+from selfguide_ray.trainset import Trainset
+from selfguide_ray.votes import Votes, elect
 
 OPEN = ("a", "b" * 90)  # examples whose lengths let everything in this file pass
 ROOM = 1 << 16
@@ -165,8 +166,8 @@ def test_tasks_of_the_paper_have_words_of_their_own(reasons_of, name, noise, fin
 
 def test_what_an_example_holds_is_noise_all_the_same(reasons_of, make_task):
     assert reasons_of(["my input"], ("your input", "b" * 90)) == ["noise"]
-    assert elect(make_task(examples=[("a", "the input"), ("b", "x" * 40)]), answers("the input"),
-                 settings().trainset, answer_rules)[1]["drop_reason"] == "noise"  # fmt: skip
+    task = make_task(examples=[("a", "the input"), ("b", "x" * 40)])
+    assert vote(task, settings().trainset, "the input")[1]["drop_reason"] == "noise"
 
 
 def test_words_of_one_task_never_reach_the_next(make_task):  # statement 10
@@ -217,7 +218,7 @@ def answers(*texts, logprobs=None):
 
 
 def vote(task, config, *texts, logprobs=None):
-    return elect(task, answers(*texts, logprobs=logprobs), config, answer_rules)
+    return elect(task, answers(*texts, logprobs=logprobs), config, Votes(task, config, answer_rules))
 
 
 @pytest.mark.parametrize(

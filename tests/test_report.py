@@ -466,3 +466,41 @@ def test_spread_takes_both_ends_and_what_is_evenly_between():
     assert spread(range(9), 5) == [0, 2, 4, 6, 8]
     assert spread("ab", 5) == ["a", "b"]
     assert spread([], 3) == []
+
+
+# --- held-out items that something learned overlaps
+
+
+def with_clean(run, left):
+    """The run whose scores leave so many of 7 instances; its clean value is the value less 10."""
+    write_all(run, tables=tuple(table for table in TABLES if table != "scores"))
+    for shard, tasks in (("00000", TASKS[:2]), ("00001", TASKS[2:])):
+        scores = [
+            row | {"clean_n": left.get(row["task"], 7), "clean_value": row["value"] - 10 if row["task"] in left else row["value"]}
+            for row in score_rows(tasks)
+        ]  # fmt: skip
+        run.write("scores", shard, rows("scores", scores), {"seconds": 1.0})
+    return report(run)
+
+
+def test_suspects_are_told_with_the_means_without_them(run):
+    page = with_clean(run, {"topic": 5, "title": 6})
+    assert "3 of 28, in 2 tasks: topic 2 of 7, title 1 of 7." in page.text("scores")
+    table = [row for row in page.rows("scores") if "with" in row or "without" in row]
+    closed, generative = (
+        [f"{mean_of(names, system):.1f}" for system in SYSTEMS] for names in (("topic", "mood"), ("title", "starved"))
+    )
+    assert table[0] == ["classification", "exact match", "with", *closed]
+    assert table[1] == ["", "", "without", *(f"{mean_of(('topic', 'mood'), system) - 5:.1f}" for system in SYSTEMS)]
+    assert table[2] == ["generation", "ROUGE-L", "with", *generative]
+    assert table[3][2:] == ["without", *(f"{mean_of(('title', 'starved'), s) - 5:.1f}" for s in SYSTEMS)]
+
+
+def test_without_suspects_one_sentence_says_that_it_was_looked(run):
+    page = with_clean(run, {})
+    assert "No pair that was learned and no example overlaps one of the 28 held-out items." in page.text("scores")
+    assert not [row for row in page.rows("scores") if "without" in row]
+
+
+def test_where_nobody_looked_for_suspects_the_report_says_so(page):
+    assert "was not looked for" in page.text("scores")

@@ -294,10 +294,11 @@ def test_no_held_out_item_of_the_examples_stands_in_a_training_prompt(whole, exa
         assert len(held_out) == 12
 
 
-def test_the_stages_that_make_training_data_never_read_instances():
+def test_the_stages_that_the_student_speaks_in_never_read_instances():
     for stage in (Inputs, Outputs):
         assert set(stage.reads["tasks"]) == set(TABLES["tasks"].names) - set(PEOPLES)
-    assert set(Trainset.reads["tasks"]) - set(Inputs.reads["tasks"]) == {"gold"}  # for gold fine-tuning alone
+    # Held-out instances to keep pairs apart from them, gold for gold fine-tuning alone.
+    assert set(Trainset.reads["tasks"]) - set(Inputs.reads["tasks"]) == {"instances", "gold"}
 
 
 # --- requests --------------------------------------------------------------------------------------------------------
@@ -393,7 +394,8 @@ def test_an_instance_without_room_is_answered_by_nothing_and_counts(examples, tm
     last = [row for row in predictions.to_pylist() if row["id"] == "long"]
     assert [(row["system"], row["finish_reason"]) for row in last] == [("copy", "stop"), ("few_shot", "too_long")]
     assert last[1]["prediction"] == ""
-    scored = Scores(config, run, RecordingEngine())(task_rows([long]), predictions).to_pylist()
+    nothing_learned = TABLES["trainset"].empty_table()
+    scored = Scores(config, run, RecordingEngine())(task_rows([long]), predictions, nothing_learned).to_pylist()
     assert {row["n"] for row in scored} == {4}
     assert all(row["value"] <= 75 for row in scored)
 

@@ -357,3 +357,141 @@ def test_each_example_is_a_pair_of_a_baseline_whose_prompt_does_not_hold_its_ans
     # Where an example has no room, it says so.
     dropped = made([task], table(), "trainset.max_tokens=16", system="few_shot_tuned")
     assert {row["drop_reason"] for row in dropped} == {"too_long"}
+
+
+# --- pairs too like each other, or too like what they will be judged by
+
+
+def pairs(*texts, output="house"):
+    return table(*(("things", f"r{n}", text, [output]) for n, text in enumerate(texts)))
+
+
+def told(rows, *columns):
+    return [tuple(row[column] for column in columns) for row in rows]
+
+
+SAID = "one two three four five"
+NEAR = "one two three four seven"  # ROUGE-L 0.8
+
+
+def test_a_pair_too_like_an_example_or_an_earlier_survivor_is_dropped_with_its_neighbour(make_task):
+    task = make_task("things", instances=[])
+    texts = [SAID, "red apples", NEAR, "one two three six seven", "five four"]
+    rows = made([task], pairs(*texts), "trainset.novelty=0.7")
+    assert told(rows, "drop_reason", "measured", "bound", "neighbour") == [
+        (None, None, None, None),
+        ("too_similar", 1.0, "ROUGE-L up to 0.7", "example0"),  # a stem apart from "red apple"
+        ("too_similar", 0.8, "ROUGE-L up to 0.7", "r0"),
+        (None, None, None, None),  # like r2, which is dropped, and 0.6 like r0
+        (None, None, None, None),
+    ]
+    assert rows[2]["prompt"] is not None
+    assert {row["drop_reason"] for row in made([task], pairs(*texts))} == {None}
+
+
+def test_a_pair_that_was_dropped_before_makes_no_other_too_similar(make_task):
+    outputs = table(("things", "r0", SAID, ["w"]), ("things", "r1", NEAR, ["house"]))
+    rows = made([make_task("things")], outputs, "trainset.novelty=0.5")
+    assert [row["drop_reason"] for row in rows] == ["length", None]
+
+
+def test_similar_pairs_go_before_labels_are_balanced(make_task):
+    task = make_task("things", labels=("yes", "no"), examples=[("a", "yes"), ("b", "no")])
+    outputs = table(
+        ("things", "r0", SAID, ["yes"]), ("things", "r1", NEAR, ["yes"]),
+        ("things", "r2", "other words", ["no"]),
+    )  # fmt: skip
+    rows = made([task], outputs, "trainset.novelty=0.7")
+    assert [row["drop_reason"] for row in rows] == [None, "too_similar", None]
+
+
+def test_the_middle_by_length_is_kept(make_task):
+    texts = ["x" * n for n in (5, 1, 9, 3, 7, 2, 8, 10, 4, 6)]
+    rows = made([make_task("things")], pairs(*texts), "trainset.middle_lengths=0.8")
+    dropped = [row for row in rows if row["drop_reason"]]
+    assert told(dropped, "input", "drop_reason", "measured", "bound") == [
+        ("x", "not_middle", 1.0, "the middle 0.8, 2 to 9 characters"),
+        ("x" * 10, "not_middle", 10.0, "the middle 0.8, 2 to 9 characters"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "dropped"),
+    [(4, 0.5, [0, 3]), (5, 0.5, [0, 4]), (9, 0.8, []), (20, 0.8, [0, 1, 18, 19]), (1, 0.01, []), (3, 0.01, [0, 2])],
+)
+def test_of_equally_long_inputs_the_outer_rows_go(make_task, count, share, dropped):
+    rows = made([make_task("things")], pairs(*["same"] * count), f"trainset.middle_lengths={share}")
+    assert [n for n, row in enumerate(rows) if row["drop_reason"] == "not_middle"] == dropped
+
+
+HELD_OUT = "alpha beta gamma delta epsilon zeta eta theta iota kappa"  # ten words
+COPIED_RUN = "so alpha beta gamma delta epsilon zeta eta theta and then wholly unlike words follow in this long text"
+
+
+@pytest.mark.parametrize(
+    ("text", "suspects", "kind", "measured", "bound"),
+    [
+        ('  "OLD   house" ', ["things-0"], "exact", 1.0, "no equal text"),
+        (COPIED_RUN, ["things-1", "things-2"], "words", 8.0, "no run of 8 words"),
+        (HELD_OUT.replace("epsilon", "x"), ["things-1"], "rouge_l", 0.9, "ROUGE-L below 0.8"),
+        (HELD_OUT, ["things-1", "things-2"], "exact", 1.0, "no equal text"),
+        ("alpha beta gamma delta", [], None, None, None),
+        ("古い家", ["things-3"], "exact", 1.0, "no equal text"),
+        ("古い車", [], None, None, None),
+    ],
+)
+def test_a_pair_that_overlaps_a_held_out_instance_is_marked_or_dropped(
+    make_task, text, suspects, kind, measured, bound
+):
+    instances = [("old house", "house"), (HELD_OUT, "x"), (HELD_OUT[:-6] + " mu nu", "x"), ("古い家", "x")]
+    task = make_task("things", instances=instances)
+    (row,) = made([task], pairs(text))
+    assert (row["suspects"], row["overlap"]) == (suspects, kind)
+    assert (row["drop_reason"], row["prompt"] is None) == (None, False)
+    (row,) = made([task], pairs(text), "trainset.decontaminate=drop")
+    reason, neighbour = ("contaminated", suspects[0]) if suspects else (None, None)
+    assert told([row], "drop_reason", "measured", "bound", "neighbour") == [(reason, measured, bound, neighbour)]
+    assert row["overlap"] == kind
+    (row,) = made([task], pairs(text), "trainset.decontaminate=off")
+    assert (row["suspects"], row["overlap"], row["drop_reason"]) == (None, None, None)
+
+
+def test_the_instance_with_the_longest_run_is_the_neighbour(make_task):
+    shorter, longer = (" ".join(COPIED_RUN.split()[:count]) for count in (9, 12))
+    task = make_task("things", instances=[(f"b c d {shorter} a", "x"), (f"e f g {longer} b", "x")])
+    (row,) = made([task], pairs(COPIED_RUN), "trainset.decontaminate=drop", "trainset.overlap_rouge=1")
+    assert row["suspects"] == ["things-0", "things-1"]
+    assert (row["neighbour"], row["measured"]) == ("things-1", 12.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "overlap"),
+    [
+        ({}, "words"),
+        ({"instruction": f"Say what {HELD_OUT} is."}, None),
+        ({"examples": [(f"{HELD_OUT} here", "b")]}, None),
+        ({"examples": [("a", f"the {HELD_OUT}")]}, None),
+        ({"examples": [("a", f"the {HELD_OUT[12:]}")]}, "words"),
+    ],
+)
+def test_words_that_the_task_itself_shows_are_no_overlap(make_task, given, overlap):
+    task = make_task("things", instances=[(f"{HELD_OUT} by the sea", "x")], **given)
+    settings = ("trainset.overlap_rouge=1", "trainset.overlap_words=10", "trainset.length_filter=false")
+    (row,) = made([task], pairs(f"{HELD_OUT} and more"), *settings)
+    assert (row["suspects"], row["overlap"]) == (["things-0"] if overlap else [], overlap)
+
+
+def test_an_example_that_equals_a_held_out_instance_is_a_suspect_and_stays(make_task):
+    task = make_task("things", instances=[("Blue  sky", "sky"), ("new car", "car")])
+    for settings in ((), ("trainset.decontaminate=drop",)):
+        rows = made([task], pairs("old house"), *settings, system="few_shot_tuned")
+        assert told(rows, "suspects", "overlap", "drop_reason") == [
+            ([], None, None), (["things-0"], "exact", None), ([], None, None)
+        ]  # fmt: skip
+
+
+def test_a_pair_that_is_dropped_for_its_overlap_makes_no_other_too_similar(make_task):
+    task = make_task("things", instances=[(SAID, "x")])
+    settings = ("trainset.novelty=0.7", "trainset.decontaminate=drop", "trainset.overlap_rouge=0.9")
+    rows = made([task], pairs(SAID, NEAR), *settings)
+    assert [row["drop_reason"] for row in rows] == ["contaminated", None]
