@@ -5,61 +5,19 @@ documentation everywhere: in errors, in `selfguide settings`, in the README. `co
 """
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from selfguide_ray.errors import SelfGuideError
+from selfguide_ray.sections import PerFamily, Section, per_family
 
 # Chat phrases that mark a reply about the text instead of the text (our list; the reference's idea, spec §1.2.3).
 CHAT_PHRASES = (
     "Sure,", "Sure!", "Certainly", "Of course", "Here is", "Here's", "Thank you for", "Great question", "I apologize",
     "I'm sorry", "As an AI", "As a language model", "I cannot", "Let me",
 )  # fmt: skip
-
-
-T = TypeVar("T")
-
-
-class Section(BaseModel):
-    """A group of settings: frozen, and closed to keys it does not know."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _complete_families(cls, value: Any) -> Any:
-        """A setting given for one family keeps its default for the other; a section left empty has all its defaults."""
-        if not isinstance(value, dict):
-            return {} if value is None else value
-        completed = dict(value)
-        for name, field in cls.model_fields.items():
-            if isinstance(field.default, dict) and isinstance(value.get(name), dict):
-                completed[name] = {**field.default, **value[name]}
-        return completed
-
-
-class PerFamily(Section, Generic[T]):
-    """A setting that differs between classification and generation tasks; one value stands for both."""
-
-    classification: T
-    generation: T
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_for_both(cls, value: Any) -> Any:
-        return value if isinstance(value, dict | PerFamily) else {"classification": value, "generation": value}
-
-    def of(self, labels: Sequence[str]) -> T:
-        """The value for a task with these labels."""
-        return self.classification if labels else self.generation
-
-
-def per_family(classification: Any, generation: Any) -> Any:
-    """The default of a PerFamily field."""
-    return Field({"classification": classification, "generation": generation})
 
 
 class Student(Section):
@@ -81,7 +39,7 @@ class Student(Section):
     """LoRA adapters kept in memory, whose rows decode together over one base."""
     strict: bool = False
     """Batches of one fixed shape: a row's numbers are the same bit for bit whatever runs beside it. Slower."""
-    vllm: dict[str, Any] = {}
+    vllm: dict[str, Any] = Field({})
     """Further arguments of vLLM's engine, by name; engine: vllm."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
@@ -203,6 +161,8 @@ class Outputs(Section):
     """Sample among the likeliest tokens that hold this probability."""
     max_new_tokens: int = Field(500, ge=1)
     """Longest answer in tokens, in predictions too."""
+    guided_by: str | None = None
+    """The folder of a run over the same tasks, whose tuned models answer instead of the student: a further iteration."""
     labels: LabelMode = "free"
     """Classification: any text (the reference), only what the labels leave open, or a draw by the scores of all labels."""
 
@@ -359,7 +319,7 @@ class Scores(Section):
 # What method: reference leaves no choice in: a default gives way to it, a setting that says otherwise is refused.
 AS_REFERENCE: dict[str, dict[str, Any]] = {
     "inputs": {"length_slack": 0.0, "verify": None, "max_perplexity": None, "prefixes": (), "extra_rounds": 0},
-    "outputs": {"labels": "free"},
+    "outputs": {"labels": "free", "guided_by": None},
     "trainset": {
         "length_slack": 0.0,
         "prefixes": (),

@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from selfguide_ray.config import Config, PerFamily, Section
+from selfguide_ray.config import Config
 from selfguide_ray.errors import SelfGuideError
+from selfguide_ray.sections import PerFamily, Section
 
 T = TypeVar("T", bound=Section)
 

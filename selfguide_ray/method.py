@@ -44,6 +44,7 @@ def plan(job: Job) -> None:
     """Read the tasks and cut them into shards. Bad settings, a missing student or unusable tasks end here."""
     check_engine(job.config.student)
     facts = student.facts(job.config.student)
+    _check_guide(job.config)
     job.planned = plan_tasks(job.run, job.config, facts)
     job.run.sweep()
     job.config = located(job.config)
@@ -51,18 +52,37 @@ def plan(job: Job) -> None:
     progress.say(f"[bold]{job.run.uri}[/bold]: {job.planned['tasks']} tasks in {job.planned['shards']} shards")
 
 
+def _check_guide(config: Config) -> None:
+    guide = config.outputs.guided_by
+    if guide is None:
+        return
+    itself = Run(guide).root == Run(config.run).root
+    if itself or not Run(guide).trained():
+        raise SelfGuideError(
+            f"outputs.guided_by: {guide} is {'this run itself' if itself else 'no run with models'}.",
+            "The answers are given by the tuned models of a run that has ended.",
+            "Give the folder of such a run over the same tasks, and this run another one.",
+        )
+
+
 def located(config: Config) -> Config:
     """The settings with absolute paths: Ray's workers have working directories of their own."""
     model = config.student.model
     if Path(model).expanduser().is_dir():
         model = str(Path(model).expanduser().absolute())
-    run = Run(config.run)
+    guide = config.outputs.guided_by
     return config.model_copy(
         update={
-            "run": run.root if run.local else run.uri,
+            "run": _absolute(config.run),
             "student": config.student.model_copy(update={"model": model}),
+            "outputs": config.outputs.model_copy(update={"guided_by": guide and _absolute(guide)}),
         }
     )
+
+
+def _absolute(uri: str) -> str:
+    run = Run(uri)
+    return run.root if run.local else run.uri
 
 
 def synthesize(job: Job, shards: Sequence[str] | None = None) -> None:

@@ -11,11 +11,11 @@ from selfguide_ray import reference
 from selfguide_ray.baselines import CHOICES, FLOORS, shown
 from selfguide_ray.config import Config
 from selfguide_ray.engine import Completion, Engine, Request, SamplingParams, share_prefix
-from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.prompts import held_to_labels
 from selfguide_ray.run import Run, model_of
 from selfguide_ray.schema import TABLES, Example, Instance, Task, evaluated, row_seed, tasks_of
 from selfguide_ray.student import facts
+from selfguide_ray.tuned import weights
 from selfguide_ray.votes import Votes, candidate
 
 
@@ -55,7 +55,10 @@ class Predictions:
         with contextlib.ExitStack() as stack:
             for task in evaluated(tasks_of(tasks), self.config.predictions.instances):
                 mine = [Example(row["input"], row["output"]) for row in pairs if row["task"] == task.name]
-                adapters = {name: self._adapter(task, name, stack) for name in self.config.predictions.tuned}
+                adapters = {
+                    name: weights(self.run, model_of(task.name, name), self.student, stack)
+                    for name in self.config.predictions.tuned
+                }
                 for system in self.config.predictions.systems:
                     theirs = [_row(task, instance, system) for instance in task.instances]
                     rows += theirs
@@ -106,28 +109,6 @@ class Predictions:
             return self.said(completions[0].text)
         candidates = [candidate(completion) for completion in completions]
         return CHOICES[system](task, candidates, self.config.trainset, votes) or ""
-
-    def _adapter(self, task: Task, system: str, stack: contextlib.ExitStack) -> str | None:
-        """The tuned model's folder. A task that had nothing to learn from keeps the student as it is."""
-        folder = f"models/{model_of(task.name, system)}"
-        told = self.run.get_json(f"{folder}/model.json")
-        if told is None:
-            raise FileNotFoundError(f"{folder}/model.json: the task has not been trained")
-        if not told["trained"]:
-            return None
-        if told.get("weights") == "removed":
-            raise SelfGuideError(
-                f"{folder}: its weights have been removed.",
-                f"models.keep={told['settings']['keep']} lets them go once predictions are made.",
-                f"Delete the folder {folder}, and the task is trained again.",
-            )
-        if (base := told.get("student")) != self.student:
-            raise SelfGuideError(
-                f"{folder}: its weights belong to {base}.",
-                f"The student is {self.student}; on another base an adapter answers nonsense.",
-                "Set student.model to the model it was trained on, or train it again in another run=DIR.",
-            )
-        return str(stack.enter_context(self.run.local_copy(folder)))
 
 
 def _in_context(trainset: pa.Table) -> list[dict[str, Any]]:

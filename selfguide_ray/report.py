@@ -19,11 +19,12 @@ from rich.table import Table
 from rich.text import Text
 
 from selfguide_ray import charts, significance
-from selfguide_ray.config import Config, PerFamily
+from selfguide_ray.config import Config
 from selfguide_ray.failures import failures
 from selfguide_ray.metrics import METRICS
 from selfguide_ray.run import PLAN, READS, Run
 from selfguide_ray.schema import TABLES, TASK_COLUMNS, Task, tasks_of
+from selfguide_ray.sections import PerFamily
 from selfguide_ray.standings import FAMILIES, FLOORS, PROMPTED, TUNED, Board, best_of, score_table, standings
 from selfguide_ray.suspects import suspicions
 

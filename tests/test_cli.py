@@ -44,6 +44,8 @@ BAD_INPUT = {
     "an unknown schema": (["config.yaml", "tasks.source=unknown"], "not in a task schema we know"),
     "a missing model": (["config.yaml", "student.engine=transformers", "student.model=./nowhere"], "does not exist"),
     "a model without weights": (["config.yaml", "student.engine=transformers", "student.model=./bare"], "config.json"),
+    "a guide that is no run": (["config.yaml", "outputs.guided_by=nowhere"], "no run with models"),
+    "a run that guides itself": (["config.yaml", "outputs.guided_by=out"], "this run itself"),
     "an engine that is not installed": (
         ["config.yaml", "student={engine: vllm, model: embedded/nano}"],
         "not installed",

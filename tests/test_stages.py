@@ -375,6 +375,23 @@ def test_a_tuned_baseline_has_models_of_its_own(examples, tmp_path):
     assert answers["few_shot_tuned"] != answers["selfguide"]
 
 
+def test_the_models_of_a_run_answer_in_the_next_one(whole, examples, tmp_path):
+    engine = RecordingEngine()
+    run = go(tmp_path, examples, f"outputs.guided_by={whole.root}", engine=engine)
+    answering = [request for request in engine.requests if request.params.n == 6]
+    assert {request.adapter for request in answering} == {f"{whole.root}/models/{task.name}" for task in examples}
+    assert rows_of(run, "inputs") == rows_of(whole, "inputs")  # the student itself writes them
+    assert rows_of(run, "outputs") != rows_of(whole, "outputs")
+
+
+def test_a_guide_whose_models_are_another_students_is_refused(examples, tmp_path):
+    guide = go(tmp_path / "guide", examples[:1])
+    path = f"models/{examples[0].name}/model.json"
+    guide.put(path, json.dumps(guide.get_json(path) | {"student": {"model": "other"}}).encode())
+    with pytest.raises(SelfGuideError, match=r"belong to \{'model': 'other'\}"):
+        go(tmp_path / "next", examples[:1], f"outputs.guided_by={guide.root}")
+
+
 def test_a_model_learns_the_pairs_that_are_alive_and_no_others(whole, examples):
     assert untrained(whole, Config()) == {}
     for task in examples:

@@ -8,8 +8,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from selfguide_ray.config import Section
 from selfguide_ray.errors import SelfGuideError
+from selfguide_ray.sections import Section
 
 
 class Shape(Section):

@@ -9,10 +9,11 @@ from typing import Any, Literal, NamedTuple
 import yaml
 from pydantic import Field
 
-from selfguide_ray.config import LEARNERS, Config, Section, SystemName
+from selfguide_ray.config import LEARNERS, Config, SystemName
 from selfguide_ray.config_file import load
 from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.run import digest
+from selfguide_ray.sections import Section
 
 FIXED = ("run", "tasks", "predictions", "scores", "student", "cluster")  # what all points have alike
 
