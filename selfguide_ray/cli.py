@@ -50,6 +50,22 @@ def run(
 
 
 @app.command()
+def search(
+    config: Annotated[str, typer.Argument(help="A YAML file, such as configs/search.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Settings over those of the file.")
+    ] = None,
+) -> None:
+    """Go through a grid of settings on validation instances, and judge the choice by what is held out.
+
+    Points share every table that they can; the same command again continues the search.
+    """
+    from selfguide_ray.search.command import search as go
+
+    raise typer.Exit(guarded(lambda: go([config, *(overrides or ())], None)))
+
+
+@app.command()
 def status(
     folder: Annotated[str, typer.Argument(metavar="RUN", help="The run's folder or URI.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,

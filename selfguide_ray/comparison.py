@@ -59,11 +59,11 @@ def compare(groups: Sequence[Sequence[str]]) -> dict[str, Any]:
     families = [
         {
             "name": family,
-            "metric": metric,
+            "metric": board.metric(family),
             "tasks": scored,
             "groups": [_told(group, None if group is read[0] else read[0], family) for group in read],
         }
-        for family, metric in FAMILIES.items()
+        for family in FAMILIES
         if (scored := sum(board.n(task) is not None for task in board.family(family)))
     ]
     differences = [group["over_first"] for family in families for group in family["groups"] if group["over_first"]]
@@ -109,7 +109,7 @@ def _check(runs: Sequence[tuple[str, Board]]) -> None:
 
 def _held_out(board: Board) -> dict[str, tuple[str, int]]:
     """The metric and the number of held-out instances of each task that has scores."""
-    return {task.name: (task.metric, n) for task in board.tasks if (n := board.n(task)) is not None}
+    return {task.name: (board.main(task), n) for task in board.tasks if (n := board.n(task)) is not None}
 
 
 def _told(group: Group, first: Group | None, family: str) -> dict[str, Any]:

@@ -32,6 +32,7 @@ class Gain:
     task: str
     category: str
     family: str
+    metric: str
     rival: str
     n: int
     points: float
@@ -39,11 +40,6 @@ class Gain:
     high: float | None
     p: float | None
     q: float | None = None
-
-    @property
-    def metric(self) -> str:
-        """The metric of the family."""
-        return FAMILIES[self.family]
 
     @property
     def outcome(self) -> str | None:
@@ -68,8 +64,8 @@ class Gain:
 def gains(board: Board) -> list[Gain]:
     """Every task that SELF-GUIDE and its rival both answered, the highest gain first."""
     found = []
-    for family, metric in FAMILIES.items():
-        rival = rival_of(board, family)
+    for family in FAMILIES:
+        rival, metric = rival_of(board, family), board.metric(family)
         for task in board.family(family) if rival else ():
             ours, theirs = (board.value(task, metric, system) for system in (TUNED, rival))
             if ours is None or theirs is None:
@@ -77,7 +73,7 @@ def gains(board: Board) -> list[Gain]:
             row = board.rows[task.name, metric, TUNED]
             tested = next((one for one in row.get("against") or () if one["system"] == rival), {})
             bounds = (tested.get(key) for key in ("low", "high", "p"))
-            found.append(Gain(task.name, task.category, family, rival, row["n"], ours - theirs, *bounds))
+            found.append(Gain(task.name, task.category, family, metric, rival, row["n"], ours - theirs, *bounds))
     q_values = benjamini_hochberg([gain.p for gain in found])
     told = [replace(gain, q=q) for gain, q in zip(found, q_values, strict=True)]
     return sorted(told, key=lambda gain: (-gain.points, gain.task))

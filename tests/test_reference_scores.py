@@ -23,6 +23,7 @@ from selfguide_ray.report import headline, write_report
 from selfguide_ray.run import Run
 from selfguide_ray.schema import TABLES, Instance, task_rows
 from selfguide_ray.scores import Scores
+from selfguide_ray.significance import gains
 from selfguide_ray.standings import FAMILIES, Board, score_table, standings
 from selfguide_ray.task_files import read_task, task_files
 from selfguide_ray.trainset import Trainset
@@ -294,6 +295,11 @@ def test_the_references_metrics_are_what_systems_are_ranked_by(whole, examples):
     for task in examples:
         own = ["reference_match"] if task.labels else ["character_rouge"]
         assert lines[task.name] == [*own, task.metric, *(["macro_f1"] if task.labels else [])]
+    found = {gain.task: gain for gain in gains(board)}
+    assert {found[task.name].metric for task in examples} == {"reference_match", "character_rouge"}
+    for task in examples:
+        rows = {s: board.rows[task.name, board.main(task), s]["value"] for s in ("selfguide", found[task.name].rival)}
+        assert found[task.name].points == pytest.approx(rows["selfguide"] - rows[found[task.name].rival])
     console = Console(width=200)
     with console.capture() as captured:
         console.print(headline(run))

@@ -16,7 +16,7 @@ from selfguide_ray.run import PLAN, READS, Run, made_by
 from selfguide_ray.schema import TASK_COLUMNS, Task, tasks_of
 from selfguide_ray.search import Point, Search, baselines, final, points
 from selfguide_ray.search.selection import choose, hopeless, instance_scores
-from selfguide_ray.standings import TUNED
+from selfguide_ray.standings import TUNED, Board
 from selfguide_ray.status import left_behind
 
 CHOSEN = "chosen.json"
@@ -114,8 +114,10 @@ class Walk:
             job.run.take(maker, PLAN)
 
     def _means(self, job: Job, system: str) -> Scores:
-        scores = instance_scores(job.run, self.tasks, system, self.shards)
-        return {task: fmean(values) for task, values in scores.items()}
+        """A system's score of each task in its main metric, which method: reference has its own of."""
+        board = Board.read(job.run, list(self.tasks.values()))
+        found = {task.name: board.value(task, board.main(task), system) for task in board.tasks}
+        return {task: value for task, value in found.items() if value is not None}
 
     def _stop_hopeless(self, shards: Sequence[str]) -> None:
         runs = {point.name: self._job(point.config).run for point in self.points}
