@@ -12,7 +12,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def rows(heading):
     """Cells of the first table below a heading."""
-    section = README.split(f"## {heading}\n", 1)[1]
+    section = "\n" + README.split(f"## {heading}\n", 1)[1]
     table = section[section.index("\n| ") + 1 :].split("\n\n", 1)[0].splitlines()[2:]
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table]
 
