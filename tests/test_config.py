@@ -10,6 +10,7 @@ from selfguide_ray.config_file import fields, load, read
 from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.pretraining import Recipe
 from selfguide_ray.search import Search
+from selfguide_ray.search.ablation import Ablation, configs
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -223,6 +224,8 @@ def test_there_are_configs():
 def test_every_config_of_the_repository_loads(path):
     if path.name.startswith("student-"):
         assert read(Recipe, path) != Recipe()
+    elif path.name.startswith("ablation"):
+        assert len(configs(read(Ablation, path))["base"]) == 3
     elif path.name.startswith("search"):
         assert read(Search, path) != Search()
     else:

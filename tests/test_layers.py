@@ -35,7 +35,19 @@ LAYERS = [
     ),
     ("searches", ["search", "search.selection"]),
     ("ray", ["executor", "trainer", "progress"]),
-    ("top", ["search.walk", "search.command", "method", "cli", "pretraining.recipe", "pretraining.command"]),
+    (
+        "top",
+        [
+            "search.sharing",
+            "search.walk",
+            "search.command",
+            "search.ablation",
+            "method",
+            "cli",
+            "pretraining.recipe",
+            "pretraining.command",
+        ],
+    ),
 ]
 RANK = {module: rank for rank, (_, modules) in enumerate(LAYERS) for module in modules}
 APART = {"tables, apart"}

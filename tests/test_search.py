@@ -13,6 +13,7 @@ from selfguide_ray.executor import ShardWorker
 from selfguide_ray.models import learn
 from selfguide_ray.run import Run
 from selfguide_ray.search import Search, points
+from selfguide_ray.search.ablation import Ablation, ablate, configs
 from selfguide_ray.search.command import page, search
 from selfguide_ray.search.selection import choose, hopeless
 from selfguide_ray.search.walk import CHOSEN, Walk
@@ -204,7 +205,7 @@ def test_a_stopped_point_goes_no_further(base, engine, monkeypatch):
 def test_weights_that_did_not_stay_are_learned_again_for_the_held_out_instances(base, engine):
     walk = Walk(settings(base, grid={"models.epochs": [1]}, settings={"models.keep": "none"}))
     told = walk.go()
-    assert walk.left() == []
+    assert walk.sharing.left() == []
     assert told["taken_over"]["models"] == 0
     assert all("selfguide" in scores for scores in told["judged"].values())
 
@@ -239,3 +240,37 @@ def test_a_points_name_does_not_depend_on_the_rest_of_the_grid(base):
     few = points(settings(base, grid={"models.epochs": [2]}))
     many = points(settings(base, grid={"models.epochs": [1, 2, 3]}))
     assert few[0].name == many[1].name
+
+
+# --- ablations
+
+
+def test_an_ablation_shares_what_is_not_changed_and_compares_with_the_base(base, engine, capsys):
+    path = base.parent / "ablation.yaml"
+    variants = {"strict": {"trainset.min_frequency": 0.9}, "again": {"outputs.guided_by": "{base}"}}
+    given = {"run": str(base.parent / "a"), "base": str(base), "variants": variants, "seeds": [0, 1]}
+    path.write_text(json.dumps(given))
+    assert ablate([str(path)], "usage") == 0
+    told = json.loads((base.parent / "a" / "ablation.json").read_text())
+    names = [f"{base.parent}/a/{name}-{seed}" for name in ("base", "strict", "again") for seed in (0, 1)]
+    for family in told["families"]:
+        assert [run for group in family["groups"] for run in group["runs"]] == names
+        assert [group["over_first"] is None for group in family["groups"]] == [True, False, False]
+    for seed in (0, 1):
+        first, *others = (Run(f"{base.parent}/a/{name}-{seed}") for name in ("base", "strict", "again"))
+        for other in others:
+            assert other.read_all("inputs").equals(first.read_all("inputs"))
+        assert others[0].read_all("outputs").equals(first.read_all("outputs"))
+        assert not others[1].read_all("outputs").equals(first.read_all("outputs"))
+    answering = {request.adapter for request in engine.requests if request.params.n == 4}
+    assert {str(adapter).split("/a/")[-1].split("/")[0] for adapter in answering} == {"None", "base-0", "base-1"}
+    assert "over the first" in capsys.readouterr().out
+    engine.requests.clear()
+    assert ablate([str(path)], "usage") == 0
+    assert engine.requests == []
+
+
+@pytest.mark.parametrize("variants", [{}, {"base": {}}, {"a/b": {}}])
+def test_an_ablation_without_proper_names_is_refused(base, variants):
+    with pytest.raises(SelfGuideError, match=r"^variants: "):
+        configs(Ablation.model_validate({"base": str(base), "variants": variants}))

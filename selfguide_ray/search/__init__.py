@@ -74,7 +74,7 @@ def points(search: Search) -> list[Point]:
     for values in itertools.product(*search.grid.values()):
         chosen = dict(zip(search.grid, values, strict=True))
         name = digest(chosen)[:8]
-        label = ", ".join(f"{key}={_spelled(value)}" for key, value in chosen.items())
+        label = ", ".join(f"{key}={spelled(value)}" for key, value in chosen.items())
         made.append(Point(name, label, _config(search, f"points/{name}", chosen, ["selfguide"])))
     return made
 
@@ -99,9 +99,9 @@ def _config(search: Search, folder: str, chosen: dict[str, Any], systems: list[s
         "predictions.instances": "validation",
         "tasks.strict": False,
     }
-    return load(search.base, [f"{key}={_spelled(value)}" for key, value in (given | ours).items()])
+    return load(search.base, [f"{key}={spelled(value)}" for key, value in (given | ours).items()])
 
 
-def _spelled(value: Any) -> str:
+def spelled(value: Any) -> str:
     """A value as it stands on a command line."""
     return yaml.safe_dump(value, default_flow_style=True, width=9999).removesuffix("\n").removesuffix("\n...")

@@ -32,7 +32,7 @@ def search(arguments: Sequence[str], usage: str | None) -> int:
     run.put(REPORT, page(told).encode())
     progress.out.print(table(told))
     progress.out.print(f"report: {settings.run}/{REPORT}", soft_wrap=True, markup=False)
-    left = walk.left()
+    left = walk.sharing.left()
     for what in left:
         progress.event("left_behind", what=what)
         progress.say(f"[red]left behind[/red] {what}")

@@ -1,0 +1,12 @@
+"""One thing changed at a time, over several seeds, in runs that share every table that they can; then the comparison.
+
+ray job submit --working-dir . -- python jobs/ablation.py configs/ablation.yaml [key=value …]
+"""
+
+import sys
+
+from selfguide_ray.method import guarded
+from selfguide_ray.search.ablation import ablate
+
+if __name__ == "__main__":
+    sys.exit(guarded(lambda: ablate(sys.argv[1:], __doc__)))
