@@ -240,6 +240,29 @@ def test_a_tasks_rows_do_not_depend_on_the_other_tasks_of_its_shard(whole, examp
     assert len(alone["predictions"]) == 60
 
 
+class SilentEngine(RecordingEngine):
+    """An engine that must not be asked."""
+
+    def generate(self, requests):
+        raise AssertionError(f"asked {len(requests)} times")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        "trainset.min_frequency=0.95", "trainset.keep=2", "trainset.novelty=0.3", "trainset.middle_lengths=0.5",
+        "trainset.answer=agreed", "trainset.overlap_rouge=0.2", "trainset.decontaminate=off", "trainset.balance=false",
+        "trainset.max_tokens=400",
+    ],
+)  # fmt: skip
+def test_a_changed_threshold_makes_pairs_anew_without_one_engine_call(whole, tmp_path, changed):
+    config = settings(tmp_path, changed)
+    stage = Trainset(config, whole, SilentEngine())
+    rows = stage(*(whole.read(table, SHARD, columns) for table, columns in stage.reads.items())).to_pylist()
+    assert len(rows) == len(rows_of(whole, "trainset"))
+    assert rows != rows_of(whole, "trainset")
+
+
 def test_fewer_systems_leave_the_answers_of_the_others_as_they_were(whole, examples, tmp_path):
     few = go(tmp_path, examples[:2], "predictions.systems=[few_shot, copy]")
     wanted = [
