@@ -66,6 +66,29 @@ def search(
 
 
 @app.command()
+def submit(
+    config: Annotated[
+        str, typer.Argument(help="A YAML file inside the working directory, such as configs/paper.yaml.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Settings over those of the file.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="The cluster's dashboard, such as http://HEAD:8265; by default RAY_ADDRESS.")
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the job's log until it ends, or not.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the command.")] = False,
+) -> None:
+    """Hand a run to a Ray cluster: print the `ray job submit` line and run it; its exit code is passed on.
+
+    The same command again continues the run.
+    """
+    from selfguide_ray.submit import submit as hand_over
+
+    raise typer.Exit(guarded(lambda: hand_over(config, overrides or (), address, wait, dry_run)))
+
+
+@app.command()
 def status(
     folder: Annotated[str, typer.Argument(metavar="RUN", help="The run's folder or URI.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,

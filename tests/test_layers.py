@@ -43,6 +43,7 @@ LAYERS = [
             "search.command",
             "search.ablation",
             "method",
+            "submit",
             "cli",
             "pretraining.recipe",
             "pretraining.command",
