@@ -66,6 +66,39 @@ def search(
 
 
 @app.command()
+def plan(
+    config: Annotated[str, typer.Argument(help="A YAML file, such as configs/quickstart.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Settings over those of the file.")
+    ] = None,
+    rate: Annotated[
+        str | None, typer.Option(metavar="RUN", help="A run, ended or not, that tells speeds and what survives.")
+    ] = None,
+    price: Annotated[float | None, typer.Option(help="Money for an hour of an engine or a training worker.")] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Hold the plan against this run; by default its own, once begun.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+) -> None:
+    """Tell what a run will take before it starts: rows, tokens, hours and money of each table. Nothing is started.
+
+    Once the run has begun, planned figures stand beside actual ones. Without --rate there are no times.
+    """
+    from selfguide_ray.planning import planning, tables
+
+    def show() -> int:
+        told = planning(load(config, overrides or ()), rate, price, against)
+        if as_json:
+            typer.echo(json.dumps(told))
+            return 0
+        for table in tables(told):
+            out.print(table)
+        return 0
+
+    raise typer.Exit(guarded(show))
+
+
+@app.command()
 def submit(
     config: Annotated[
         str, typer.Argument(help="A YAML file inside the working directory, such as configs/paper.yaml.")

@@ -34,6 +34,7 @@ LAYERS = [
         ["pretraining", "pretraining.made_up", "pretraining.corpus", "pretraining.muon", "pretraining.learning"],
     ),
     ("searches", ["search", "search.selection"]),
+    ("before and after a run", ["estimate", "planning"]),
     ("ray", ["executor", "trainer", "progress"]),
     (
         "top",
