@@ -66,6 +66,33 @@ def search(
 
 
 @app.command()
+def doctor(
+    config: Annotated[str | None, typer.Argument(help="A YAML file; without one the defaults are looked at.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Settings over those of the file.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON list instead of a table.")] = False,
+) -> None:
+    """Look for what would stop or mislead a run: packages, student, prompts, folder, tasks, Ray. Nothing is started.
+
+    Exit code 0: nothing is wrong, though there may be warnings. 1: something is. 2: bad input.
+    """
+    from selfguide_ray.doctor.command import examine, exit_code, table
+
+    def show() -> int:
+        given = list(overrides or ())
+        bare = config is not None and "=" in config  # no file, only settings
+        found = examine(load(None, [config, *given]) if bare else load(config, given))
+        if as_json:
+            typer.echo(json.dumps(found))
+        else:
+            out.print(table(found))
+        return exit_code(found)
+
+    raise typer.Exit(guarded(show))
+
+
+@app.command()
 def plan(
     config: Annotated[str, typer.Argument(help="A YAML file, such as configs/quickstart.yaml.")],
     overrides: Annotated[

@@ -71,8 +71,8 @@ def command(config: str, overrides: Sequence[str], address: str | None, wait: bo
 def authentication() -> tuple[dict[str, str], str]:
     """What to add to the environment so that the cluster lets the job in, and why.
 
-    Ray (2.60) shows its token by itself where `ray.init` connects, but not where a job is submitted; a cluster that was
-    started where a token lies wants to see it.
+    Ray (2.60) shows its token by itself only to a cluster that it finds on this machine; one that was started where a
+    token lies wants to see it, also with a job.
     """
     mode, token = os.environ.get(AUTH_MODE), token_place()
     if mode is not None:
