@@ -66,6 +66,89 @@ def search(
 
 
 @app.command()
+def doctor(
+    config: Annotated[str | None, typer.Argument(help="A YAML file; without one the defaults are looked at.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Settings over those of the file.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON list instead of a table.")] = False,
+) -> None:
+    """Look for what would stop or mislead a run: packages, student, prompts, folder, tasks, Ray. Nothing is started.
+
+    Exit code 0: nothing is wrong, though there may be warnings. 1: something is. 2: bad input.
+    """
+    from selfguide_ray.doctor.command import examine, exit_code, table
+
+    def show() -> int:
+        given = list(overrides or ())
+        bare = config is not None and "=" in config  # no file, only settings
+        found = examine(load(None, [config, *given]) if bare else load(config, given))
+        if as_json:
+            typer.echo(json.dumps(found))
+        else:
+            out.print(table(found))
+        return exit_code(found)
+
+    raise typer.Exit(guarded(show))
+
+
+@app.command()
+def plan(
+    config: Annotated[str, typer.Argument(help="A YAML file, such as configs/quickstart.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Settings over those of the file.")
+    ] = None,
+    rate: Annotated[
+        str | None, typer.Option(metavar="RUN", help="A run, ended or not, that tells speeds and what survives.")
+    ] = None,
+    price: Annotated[float | None, typer.Option(help="Money for an hour of an engine or a training worker.")] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Hold the plan against this run; by default its own, once begun.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+) -> None:
+    """Tell what a run will take before it starts: rows, tokens, hours and money of each table. Nothing is started.
+
+    Once the run has begun, planned figures stand beside actual ones. Without --rate there are no times.
+    """
+    from selfguide_ray.planning import planning, tables
+
+    def show() -> int:
+        told = planning(load(config, overrides or ()), rate, price, against)
+        if as_json:
+            typer.echo(json.dumps(told))
+            return 0
+        for table in tables(told):
+            out.print(table)
+        return 0
+
+    raise typer.Exit(guarded(show))
+
+
+@app.command()
+def submit(
+    config: Annotated[
+        str, typer.Argument(help="A YAML file inside the working directory, such as configs/paper.yaml.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Settings over those of the file.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="The cluster's dashboard, such as http://HEAD:8265; by default RAY_ADDRESS.")
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the job's log until it ends, or not.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the command.")] = False,
+) -> None:
+    """Hand a run to a Ray cluster: print the `ray job submit` line and run it; its exit code is passed on.
+
+    The same command again continues the run.
+    """
+    from selfguide_ray.submit import submit as hand_over
+
+    raise typer.Exit(guarded(lambda: hand_over(config, overrides or (), address, wait, dry_run)))
+
+
+@app.command()
 def status(
     folder: Annotated[str, typer.Argument(metavar="RUN", help="The run's folder or URI.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,

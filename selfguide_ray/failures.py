@@ -5,6 +5,7 @@ import traceback
 from collections.abc import Iterator
 
 from selfguide_ray.errors import SelfGuideError
+from selfguide_ray.redaction import redacted
 from selfguide_ray.run import Run
 
 
@@ -37,7 +38,7 @@ def note(run: Run, table: str, unit: str, error: Exception) -> None:
     """Write down what a unit of work failed of."""
     first = str(error) if isinstance(error, SelfGuideError) else f"{type(error).__name__}: {error}"
     told = "".join(traceback.format_exception(error))
-    run.put(f"failures/{table}/{unit}.txt", f"{first}\n\n{told}".encode(errors="replace"))
+    run.put(f"failures/{table}/{unit}.txt", redacted(f"{first}\n\n{told}").encode(errors="replace"))
 
 
 def clear(run: Run, table: str, unit: str) -> None:

@@ -6,6 +6,7 @@ Every step does what is missing and no more, so a job that died is continued by 
 import functools
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +17,11 @@ from selfguide_ray.config import Config
 from selfguide_ray.config_file import load
 from selfguide_ray.engine import check_engine, make_engine
 from selfguide_ray.errors import SelfGuideError
+from selfguide_ray.failures import caught
 from selfguide_ray.inputs import Inputs
 from selfguide_ray.outputs import Outputs
 from selfguide_ray.predictions import Predictions
+from selfguide_ray.redaction import redacted
 from selfguide_ray.report import headline, write_report
 from selfguide_ray.run import Run, model_of
 from selfguide_ray.scores import Scores
@@ -163,7 +166,7 @@ def report(job: Job) -> None:
     path = write_report(job.run, job.config)
     progress.event("report", path=path)
     progress.out.print(headline(job.run))
-    progress.out.print(f"report: {path}", soft_wrap=True, markup=False)
+    progress.out.print(f"report: {redacted(path)}", soft_wrap=True, markup=False)
 
 
 SELFGUIDE: tuple[Step, ...] = (plan, synthesize, train_and_evaluate, report)
@@ -211,12 +214,18 @@ def main(usage: str | None, steps: Sequence[Step]) -> None:
 
 
 def guarded(action: Callable[[], int]) -> int:
-    """Run a command; a user's error is printed in its three parts and becomes exit code 2."""
+    """Run a command; a user's error is printed in its three parts and becomes exit code 2, any other one becomes 1.
+
+    What is printed of an error holds no secret (`redaction`).
+    """
     try:
-        return action()
-    except SelfGuideError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        with caught() as ended:
+            return action()
     except KeyboardInterrupt:
         print("stopped: what is finished is kept, and the same command goes on from there", file=sys.stderr)
         return 130
+    if isinstance(ended.error, SelfGuideError):
+        print(redacted(f"error: {ended.error}"), file=sys.stderr)
+        return 2
+    print(redacted("".join(traceback.format_exception(ended.error))), end="", file=sys.stderr)
+    return 1

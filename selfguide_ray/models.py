@@ -17,6 +17,7 @@ from selfguide_ray import student
 from selfguide_ray.config import Config
 from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.failures import caught, clear, note
+from selfguide_ray.redaction import redacted_values
 from selfguide_ray.run import Run, digest, model_of, pairs_of
 from selfguide_ray.tuning import Lesson, Told, make_tuner, packs_tasks
 
@@ -175,7 +176,7 @@ def _lessons(run: Run, pack: Pack, scratch: Path | None, done: set[str]) -> list
 
 def _publish(run: Run, told: dict[str, Told | Exception], scratch: Path, facts: dict[str, Any], config: Config) -> None:
     """Publish what went well, note what did not."""
-    settings = config.models.model_dump(mode="json")
+    settings = redacted_values(config.models.model_dump(mode="json"))
     for task, what in told.items():
         if isinstance(what, Exception):
             note(run, "models", task, what)

@@ -12,6 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from selfguide_ray.redaction import redacted
+
 console = Console(stderr=True)
 out = Console(width=None if sys.stdout.isatty() else 140)
 
@@ -20,14 +22,14 @@ def event(name: str, **fields: Any) -> None:
     """One JSON line where there is no terminal: a submitted job has none, and its log is read by machines."""
     if not console.is_terminal:
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": name, **fields}
-        sys.stderr.write(json.dumps(line, ensure_ascii=False) + "\n")
+        sys.stderr.write(redacted(json.dumps(line, ensure_ascii=False)) + "\n")
         sys.stderr.flush()
 
 
 def say(text: str) -> None:
     """A line for people, in a terminal only."""
     if console.is_terminal:
-        console.print(text, highlight=False)
+        console.print(redacted(text), highlight=False)
 
 
 def follow(

@@ -22,6 +22,7 @@ from selfguide_ray import charts, significance
 from selfguide_ray.config import Config
 from selfguide_ray.failures import failures
 from selfguide_ray.metrics import METRICS
+from selfguide_ray.redaction import redacted, redacted_values
 from selfguide_ray.run import PLAN, READS, Run
 from selfguide_ray.schema import TABLES, TASK_COLUMNS, Task, tasks_of
 from selfguide_ray.sections import PerFamily
@@ -61,7 +62,7 @@ def write_report(run: Run, config: Config) -> str:
     page = _templates().get_template("report.html.j2")
     text = page.render(
         name=run.root.rsplit("/", 1)[-1],
-        uri=run.uri,
+        uri=redacted(run.uri),
         written=time.strftime("%d %B %Y, %H:%M %Z"),
         config=config,
         tasks=tasks,
@@ -322,7 +323,7 @@ def _of(task: Task, rows: pa.Table) -> list[dict[str, Any]]:
 def settings(config: Config) -> dict[str, list[tuple[str, str, bool]]]:
     """(name, value, whether it differs from the default) of every setting, by section."""
     usual, found = Config().model_dump(mode="json"), {"run": []}
-    for name, given in config.model_dump(mode="json").items():
+    for name, given in redacted_values(config.model_dump(mode="json")).items():
         section, values, defaults = (
             (name, given, usual[name]) if isinstance(given, dict) else ("run", {name: given}, usual)
         )

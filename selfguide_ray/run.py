@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from selfguide_ray.config import Config
 from selfguide_ray.errors import SelfGuideError
+from selfguide_ray.redaction import agrees, redacted_values
 from selfguide_ray.schema import TABLES
 
 RECEIPT = b"selfguide_receipt"
@@ -241,7 +242,7 @@ class Run:
         wanted = {table: made_by(table, config, student) for table in READS}
         for table, settings in wanted.items():
             found = self.get_json(f"{table}/{SETTINGS}")
-            if found is not None and found != settings:
+            if found is not None and not agrees(found, settings):
                 self._refuse(table, found, settings)
         return wanted
 
@@ -249,14 +250,14 @@ class Run:
         """Check all folders, and only then note in each what makes it (design, invariant 6)."""
         for table, settings in self.check(config, student).items():
             if not self.exists(f"{table}/{SETTINGS}"):
-                self.put(f"{table}/{SETTINGS}", json.dumps(settings, indent=1).encode() + b"\n")
+                self.put(f"{table}/{SETTINGS}", json.dumps(redacted_values(settings), indent=1).encode() + b"\n")
 
     def _refuse(self, table: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
         old, new = _flat(found), _flat(wanted)
         changes = [
             f"{k}: {old.get(k)!r} there, {new.get(k)!r} now"
             for k in sorted(old.keys() | new.keys())
-            if old.get(k) != new.get(k)
+            if not agrees(old.get(k), new.get(k))
         ]
         later = [name for name in READS if list(READS).index(name) >= list(READS).index(table)]
         raise SelfGuideError(

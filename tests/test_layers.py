@@ -20,7 +20,7 @@ TUNING = [
 TEXTS = ["prompts", "filters", "metrics", "similarity", "contamination"]
 # From the bottom up; a module imports from lower rows only. A row marked "apart" holds modules that never meet.
 LAYERS = [
-    ("vocabulary", ["errors", "embedded", "schema", "sections", "config", "config_file"]),
+    ("vocabulary", ["errors", "redaction", "embedded", "schema", "sections", "config", "config_file"]),
     ("files", ["run", "student", "task_files", "failures", "status"]),
     ("tools", ["engine", *(f"engine.{name}" for name in ENGINE), *TEXTS, "reference", "votes"]),
     ("boards", ["standings", "significance", "suspects", "comparison", "charts"]),
@@ -34,6 +34,7 @@ LAYERS = [
         ["pretraining", "pretraining.made_up", "pretraining.corpus", "pretraining.muon", "pretraining.learning"],
     ),
     ("searches", ["search", "search.selection"]),
+    ("before and after a run", ["estimate", "planning"]),
     ("ray", ["executor", "trainer", "progress"]),
     (
         "top",
@@ -43,6 +44,12 @@ LAYERS = [
             "search.command",
             "search.ablation",
             "method",
+            "submit",
+            "doctor",
+            "doctor.installation",
+            "doctor.reading",
+            "doctor.places",
+            "doctor.command",
             "cli",
             "pretraining.recipe",
             "pretraining.command",
