@@ -511,7 +511,7 @@ def test_a_setting_that_a_recipe_lacks_is_explained(tmp_path):
     assert caught.value.instead == "Did you mean shape.hidden?"
 
 
-@pytest.mark.parametrize("size", ["nano", "nano-2", "small"])
+@pytest.mark.parametrize("size", ["nano", "small"])
 def test_the_recipes_of_the_project_are_read(size):
     recipe = read(Recipe, Path(__file__).parents[1] / "configs" / f"student-{size}.yaml")
     assert recipe.output == f"runs/student-{size}"
