@@ -24,9 +24,9 @@ from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.models import UNFINISHED
 from selfguide_ray.pretraining import Recipe
 from selfguide_ray.pretraining.corpus import (
+    Naming,
     development_tasks,
     documents,
-    names_for,
     pack,
     primer,
     render,
@@ -155,6 +155,22 @@ def test_how_often_labels_are_renamed_and_how_many_examples_are_shown_can_be_set
     assert max(len(m) for m in answering(turns=2)) == 8
 
 
+def test_names_from_the_texts_are_many_and_differ_within_a_task(make_task):
+    task = make_task("quiz", labels=("odd", "even", "neither."))
+    naming, rng = Naming(["Apple", "pear", "plum", "fig", "kiwi"]), random.Random(0)
+    drawn = [naming(task, rng) for _ in range(600)]
+    assert all(len(set(names.values())) == 3 for names in drawn)
+    names = {name for several in drawn for name in several.values()}
+    assert {len(name.split()) for name in names} == {1, 2, 3}
+    assert {"apple", "Apple", "APPLE", "apple.", "Fig Kiwi"} <= names
+    assert naming(make_task(labels=("A", "B")), rng) == {}
+    examples = [(f"item number {i}", "odd" if i % 2 else "even") for i in range(80)]
+    task = make_task("quiz", labels=("odd", "even"), examples=examples, instances=[])
+    made = documents([task], seed=3, renamed=1.0, names="texts")
+    answers = {turn["content"].lower().rstrip(".") for m in made if len(m) > 2 for turn in m[3::2]}
+    assert {word for answer in answers for word in answer.split()} == {"item", "number"}
+
+
 def test_a_bounded_corpus_takes_as_much_of_a_large_task_as_of_a_small_one(make_task):
     def of(name, count):
         return make_task(
@@ -176,9 +192,9 @@ def test_another_round_shows_the_same_items_in_other_company(make_task):
 
 
 def test_labels_that_items_may_quote_are_not_renamed(make_task):
-    assert names_for(make_task(labels=("A", "B")), random.Random(0)) == {}
-    assert names_for(make_task(labels=("Yes.", "No.")), random.Random(0)) == {}
-    assert set(names_for(make_task(labels=("good", "bad")), random.Random(0))) == {"good", "bad"}
+    assert Naming()(make_task(labels=("A", "B")), random.Random(0)) == {}
+    assert Naming()(make_task(labels=("Yes.", "No.")), random.Random(0)) == {}
+    assert set(Naming()(make_task(labels=("good", "bad")), random.Random(0))) == {"good", "bad"}
     assert (
         substitute('Say "Good" or bad, not goodness.', {"good": "fox", "bad": "oak"})
         == 'Say "fox" or oak, not goodness.'

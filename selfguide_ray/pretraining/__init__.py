@@ -49,6 +49,8 @@ class Recipe(Section):
     """Share of documents of tasks that the project makes up: copy, choose, count, rearrange words."""
     renamed: float = Field(0.5, ge=0, le=1)
     """Share of the conversations of a task with classes whose labels are random words, learned from the examples alone."""
+    names: Literal["words", "texts"] = "words"
+    """Where these words are from: the list of the made-up tasks, or one to three of the tasks' own texts, in any case."""
     turns: int = Field(8, ge=0)
     """A conversation shows at most so many examples before its last answer."""
     primer_tokens: int = Field(0, ge=0)

@@ -88,15 +88,17 @@ def documents(
     rounds: int = 1,
     renamed: float = 0.5,
     turns: int = 8,
+    names: str = "words",
 ) -> list[list[dict[str, str]]]:
     """Conversations in the two forms of `prompts`, answering with many turns and writing a new item, in random order.
 
     In each of the rounds every instance serves once, in other company. `made_up` is the share of the conversations whose
     task the project makes up; `most` bounds them all: a task with many instances then has no more than its part.
-    `renamed` is the share of the conversations with classes that have random words for labels, `turns` the most examples
-    before a conversation's last answer.
+    `renamed` is the share of the conversations with classes that have random words for labels, from where `names` says;
+    `turns` the most examples before a conversation's last answer.
     """
     rng, found = random.Random(seed), []
+    naming = Naming(vocabulary(tasks) if names == "texts" else None)
     learnable = [task for task in tasks if len(task.instruction) <= MAX_INSTRUCTION]
     part = None if most is None else max(1, round((1 - made_up) * most / len(learnable)))
     for task in learnable:
@@ -105,12 +107,12 @@ def documents(
         mine = [
             made
             for _ in range(rounds)
-            for made in _conversations(task, rng.sample(pool, len(pool)), rng, renamed, turns)
+            for made in _conversations(task, rng.sample(pool, len(pool)), rng, renamed, turns, naming)
         ]
         found += mine[:part]
     for _ in range(round(len(found) * made_up / (1 - made_up))):
         task = made_up_task(rng, rng.randint(3, 10))
-        found += _conversations(task, list(task.examples), rng, renamed, turns)[:1]
+        found += _conversations(task, list(task.examples), rng, renamed, turns, naming)[:1]
     rng.shuffle(found)
     return found
 
@@ -121,8 +123,7 @@ def primer(tasks: Sequence[Task], seed: int) -> Iterator[list[dict[str, str]]]:
     On language alone a small student takes thousands of steps to discover copying, and until then no example helps it.
     """
     rng = random.Random(row_seed(seed, "primer"))
-    texts = (item.input for task in tasks for item in (*task.examples, *task.instances))
-    words = sorted({word for text in texts for word in re.findall(r"[A-Za-z]{2,12}", text)})
+    words = vocabulary(tasks)
     while True:
         if rng.random() < 0.7:
             instruction = "Write the given words again, exactly as they are."
@@ -144,7 +145,7 @@ def primer(tasks: Sequence[Task], seed: int) -> Iterator[list[dict[str, str]]]:
 
 
 def _conversations(
-    task: Task, pool: list[Example], rng: random.Random, renamed: float, most: int
+    task: Task, pool: list[Example], rng: random.Random, renamed: float, most: int, naming: "Naming"
 ) -> list[list[dict[str, str]]]:
     """Conversations from a task's examples, each of which is answered once.
 
@@ -160,7 +161,7 @@ def _conversations(
             if not pool or room < len(pool[-1].input) + len(pool[-1].output):
                 break
             turns.append(pool.pop())
-        told = names_for(task, rng) if rng.random() < renamed else {}
+        told = naming(task, rng) if rng.random() < renamed else {}
         instruction = substitute(task.instruction, told)
         turns = [Example(e.input, told.get(e.output.strip(), e.output)) for e in turns]
         last = turns.pop()
@@ -175,11 +176,37 @@ def _conversations(
     return made
 
 
-def names_for(task: Task, rng: random.Random) -> dict[str, str]:
-    """Random words for a task's labels; none where a label is no plain word, since its items may quote it."""
-    if not all(re.fullmatch(r"[A-Za-z]{3,}\.?", label) for label in task.labels):
-        return {}
-    return dict(zip(task.labels, rng.sample(WORDS, len(task.labels)), strict=True))
+def vocabulary(tasks: Sequence[Task]) -> list[str]:
+    """The words of the tasks' inputs, each once, in order."""
+    texts = (item.input for task in tasks for item in (*task.examples, *task.instances))
+    return sorted({word for text in texts for word in re.findall(r"[A-Za-z]{2,12}", text)})
+
+
+class Naming:
+    """Random names for a task's labels: words of the made-up tasks, or one to three words of a vocabulary.
+
+    A student that meets few names learns to answer with these; of many it learns to look the name up.
+    """
+
+    STYLES = (str.lower, str.lower, str.capitalize, str.title, str.upper)
+
+    def __init__(self, words: Sequence[str] | None = None) -> None:
+        self.words = words
+
+    def __call__(self, task: Task, rng: random.Random) -> dict[str, str]:
+        """A name for each label; none where a label is no plain word, since its items may quote it."""
+        if not all(re.fullmatch(r"[A-Za-z]{3,}\.?", label) for label in task.labels):
+            return {}
+        return dict(zip(task.labels, self._draw(len(task.labels), rng), strict=True))
+
+    def _draw(self, count: int, rng: random.Random) -> list[str]:
+        if self.words is None:
+            return rng.sample(WORDS, count)
+        style, end = rng.choice(self.STYLES), "." * (rng.random() < 0.1)
+        names: set[str] = set()
+        while len(names) < count:
+            names.add(style(" ".join(rng.choices(self.words, k=rng.choice((1, 1, 1, 2, 2, 3))))) + end)
+        return rng.sample(sorted(names), count)
 
 
 def substitute(text: str, words: dict[str, str]) -> str:

@@ -118,7 +118,14 @@ def prepare(run: Run, recipe: Recipe) -> None:
         development = corpus.development_tasks(found, recipe.development, recipe.seed)
     learned = [task for task in found if task.name not in development]
     made = corpus.documents(
-        learned, recipe.seed, recipe.made_up, recipe.documents, recipe.rounds, recipe.renamed, recipe.turns
+        learned,
+        recipe.seed,
+        recipe.made_up,
+        recipe.documents,
+        recipe.rounds,
+        recipe.renamed,
+        recipe.turns,
+        recipe.names,
     )
     texts = [corpus.render(messages) for messages in made]
     progress.say(f"{len(learned)} tasks, {len(texts)} documents, {time.monotonic() - started:.0f} s")
