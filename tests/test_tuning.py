@@ -144,7 +144,8 @@ def test_a_task_learns_side_by_side_what_it_learns_alone(planned):
     for task in TASKS:
         one, other = adapter(run, task), adapter(alone, task)
         assert_alike(one, other)
-        assert told(run, task)["losses"] == pytest.approx(told(alone, task)["losses"], rel=1e-5)
+        # Rounding adds up over the steps: 2e-5 was seen where products are summed in another order than with AVX-512.
+        assert told(run, task)["losses"] == pytest.approx(told(alone, task)["losses"], rel=1e-4)
         assert told(run, task)["side_by_side"] == 4
         assert told(alone, task)["side_by_side"] == 1
         assert told(run, task)["steps"] == -(-TASKS[task] // 2) * 2
