@@ -88,6 +88,15 @@ def test_twelve_points_ask_the_engine_for_a_quarter_of_what_twelve_runs_do(base,
         assert mine.read_all(table).to_pylist() == rows
 
 
+def test_points_like_the_base_share_what_no_baseline_makes(base, engine):
+    """The baselines' runs have the same settings for inputs as the points, and make none."""
+    told = Walk(settings(base, grid={"models.epochs": [1, 2]})).go()
+    writing = [r.seed for r in engine.requests if engine.tokenizer.decode(r.prefix + r.suffix).endswith("ITEM:")]
+    assert len(writing) == len(set(writing)) == 4 * 20 * 5
+    # Four shards each for the second point and for the run, or runs, of the choice.
+    assert told["taken_over"]["inputs"] == 4 + len(set(told["chosen"].values())) * 4
+
+
 def test_a_search_that_is_started_again_makes_nothing_again(base, engine):
     grid = {"models.epochs": [1, 2]}
     told = Walk(settings(base, grid=grid)).go()

@@ -21,7 +21,7 @@ class Sharing:
     def __init__(self, facts: dict[str, Any]) -> None:
         self.facts = facts
         self.jobs: dict[str, Job] = {}  # by the run's folder
-        self.makers: dict[tuple[str, str], Run] = {}  # (table, what it is made by) → the run that makes it
+        self.makers: dict[tuple[str, str], list[Run]] = {}  # (table, what it is made by) → the runs that have it so
         self.taken_over = dict.fromkeys(READS, 0)  # shards, and models, that were made for another run
 
     def job(self, config: Config) -> Job:
@@ -31,7 +31,7 @@ class Sharing:
             self._take_over(job, "tasks", None)
             plan(job)
             for table in READS:
-                self.makers.setdefault((table, self._key(table, job)), job.run)
+                self.makers.setdefault((table, self._key(table, job)), []).append(job.run)
             self.jobs[config.run] = job
         return self.jobs[config.run]
 
@@ -52,23 +52,26 @@ class Sharing:
         return json.dumps(made_by(table, job.config, self.facts), sort_keys=True)
 
     def _take_over(self, job: Job, table: str, shards: Sequence[str] | None) -> None:
-        """Copy the shards, or the models of their tasks, that another run has made by the same settings."""
-        maker = self.makers.get((table, self._key(table, job)))
-        if maker is None or maker.root == job.run.root:
-            return
-        if table == "models":
-            wanted = {name for shard in shards or () for name in names(job, shard)} - set(job.run.trained())
-            for name in sorted(wanted & set(maker.trained())):
-                # Weights that did not stay are learned again.
-                if (maker.get_json(f"models/{name}/{MODEL}") or {}).get("weights") != "removed":
-                    job.run.take_folder(maker, f"models/{name}", MODEL)
-                    self.taken_over[table] += 1
-            return
-        for shard in maker.shards(table):
-            if shards is None or shard in shards:
-                self.taken_over[table] += job.run.take(maker, f"{table}/{shard}.parquet")
-        if table == "tasks":
-            job.run.take(maker, PLAN)
+        """Copy the shards, or the models of their tasks, that other runs have made by the same settings."""
+        for maker in self.makers.get((table, self._key(table, job)), ()):
+            if maker.root == job.run.root:
+                continue
+            if table == "models":
+                self._take_models(job, maker, shards or ())
+                continue
+            for shard in maker.shards(table):
+                if shards is None or shard in shards:
+                    self.taken_over[table] += job.run.take(maker, f"{table}/{shard}.parquet")
+            if table == "tasks":
+                job.run.take(maker, PLAN)
+
+    def _take_models(self, job: Job, maker: Run, shards: Sequence[str]) -> None:
+        wanted = {name for shard in shards for name in names(job, shard)} - set(job.run.trained())
+        for name in sorted(wanted & set(maker.trained())):
+            # Weights that did not stay are learned again.
+            if (maker.get_json(f"models/{name}/{MODEL}") or {}).get("weights") != "removed":
+                job.run.take_folder(maker, f"models/{name}", MODEL)
+                self.taken_over["models"] += 1
 
 
 def names(job: Job, shard: str) -> list[str]:
