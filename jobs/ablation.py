@@ -3,10 +3,8 @@
 ray job submit --working-dir . -- python jobs/ablation.py configs/ablation.yaml [key=value …]
 """
 
-import sys
-
-from selfguide_ray.method import guarded
+from selfguide_ray.method import entry
 from selfguide_ray.search.ablation import ablate
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: ablate(sys.argv[1:], __doc__)))
+    entry(__doc__, ablate)

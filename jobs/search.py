@@ -3,10 +3,8 @@
 ray job submit --working-dir . -- python jobs/search.py configs/search.yaml [key=value …]
 """
 
-import sys
-
-from selfguide_ray.method import guarded
+from selfguide_ray.method import entry
 from selfguide_ray.search.command import search
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: search(sys.argv[1:], __doc__)))
+    entry(__doc__, search)

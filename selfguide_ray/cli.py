@@ -62,7 +62,7 @@ def search(
     """
     from selfguide_ray.search.command import search as go
 
-    raise typer.Exit(guarded(lambda: go([config, *(overrides or ())], None)))
+    raise typer.Exit(guarded(lambda: go([config, *(overrides or ())])))
 
 
 @app.command()

@@ -197,20 +197,30 @@ def perform(config: Config, steps: Sequence[Step]) -> int:
     for step in steps:
         step(job)
     left = left_behind(job.run)
-    for what in left:
-        progress.event("left_behind", what=what)
-        progress.say(f"[red]left behind[/red] {what}")
+    tell_left(left)
     progress.event("end", seconds=round(time.monotonic() - started, 1), left_behind=len(left))
     return 1 if left or job.failed else 0
 
 
+def tell_left(left: Sequence[str]) -> None:
+    """Say what was left behind."""
+    for what in left:
+        progress.event("left_behind", what=what)
+        progress.say(f"[red]left behind[/red] {what}")
+
+
 def main(usage: str | None, steps: Sequence[Step]) -> None:
+    """An entry script of jobs/ that goes through steps."""
+    entry(usage, lambda arguments: perform(load(arguments[0], arguments[1:]), steps))
+
+
+def entry(usage: str | None, command: Callable[[Sequence[str]], int]) -> None:
     """An entry script of jobs/: CONFIG [key=value …] on the command line, the exit code at the end."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage)
         sys.exit(0 if arguments else 2)
-    sys.exit(guarded(lambda: perform(load(arguments[0], arguments[1:]), steps)))
+    sys.exit(guarded(lambda: command(arguments)))
 
 
 def guarded(action: Callable[[], int]) -> int:

@@ -151,7 +151,7 @@ def test_the_choice_is_the_same_whatever_is_held_out(engine, tmp_path):  # state
 def test_the_report_tells_points_and_the_choice_and_escapes_text(base, engine, capsys):
     path = base.parent / "search.yaml"
     path.write_text(json.dumps({"run": str(base.parent / "s"), "base": str(base), "grid": {"models.epochs": [1, 2]}}))
-    assert search([str(path)], "usage") == 0
+    assert search([str(path)]) == 0
     html = (base.parent / "s" / "search.html").read_text()
     told = json.loads((base.parent / "s" / "search.json").read_text())
     for row in told["points"]:
@@ -259,7 +259,7 @@ def test_an_ablation_shares_what_is_not_changed_and_compares_with_the_base(base,
     variants = {"strict": {"trainset.min_frequency": 0.9}, "again": {"outputs.guided_by": "{base}"}}
     given = {"run": str(base.parent / "a"), "base": str(base), "variants": variants, "seeds": [0, 1]}
     path.write_text(json.dumps(given))
-    assert ablate([str(path)], "usage") == 0
+    assert ablate([str(path)]) == 0
     told = json.loads((base.parent / "a" / "ablation.json").read_text())
     names = [f"{base.parent}/a/{name}-{seed}" for name in ("base", "strict", "again") for seed in (0, 1)]
     for family in told["families"]:
@@ -275,7 +275,7 @@ def test_an_ablation_shares_what_is_not_changed_and_compares_with_the_base(base,
     assert {str(adapter).split("/a/")[-1].split("/")[0] for adapter in answering} == {"None", "base-0", "base-1"}
     assert "over the first" in capsys.readouterr().out
     engine.requests.clear()
-    assert ablate([str(path)], "usage") == 0
+    assert ablate([str(path)]) == 0
     assert engine.requests == []
 
 

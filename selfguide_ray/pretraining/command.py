@@ -11,11 +11,8 @@ from selfguide_ray.run import Run
 EVERY = 30.0  # seconds between two lines
 
 
-def pretrain(arguments: Sequence[str], usage: str | None) -> int:
+def pretrain(arguments: Sequence[str]) -> int:
     """CONFIG [key=value …]: make the student that the file describes; returns the exit code."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage)
-        return 0 if arguments else 2
     recipe = read(Recipe, arguments[0], arguments[1:])
     from selfguide_ray.executor import connect
     from selfguide_ray.pretraining.learning import CURVE

@@ -10,6 +10,7 @@ from selfguide_ray import comparison, progress, student
 from selfguide_ray.config import Config
 from selfguide_ray.config_file import load, read
 from selfguide_ray.errors import SelfGuideError
+from selfguide_ray.method import tell_left
 from selfguide_ray.run import Run
 from selfguide_ray.search import spelled
 from selfguide_ray.search.sharing import Sharing
@@ -57,11 +58,8 @@ def configs(ablation: Ablation) -> dict[str, list[Config]]:
     return made
 
 
-def ablate(arguments: Sequence[str], usage: str | None) -> int:
+def ablate(arguments: Sequence[str]) -> int:
     """CONFIG [key=value …]: run what the file describes, and compare; returns the exit code."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage)
-        return 0 if arguments else 2
     ablation = read(Ablation, arguments[0], arguments[1:])
     groups = configs(ablation)
     sharing = Sharing(student.facts(groups[BASE][0].student))
@@ -70,9 +68,7 @@ def ablate(arguments: Sequence[str], usage: str | None) -> int:
             job = sharing.job(config)
             sharing.make(config.run, job, job.run.shards("tasks"))
     left = sharing.left()
-    for what in left:
-        progress.event("left_behind", what=what)
-        progress.say(f"[red]left behind[/red] {what}")
+    tell_left(left)
     told = comparison.compare([[config.run for config in several] for several in groups.values()])
     Run(ablation.run).put(TOLD, json.dumps(told, indent=1).encode() + b"\n")
     for table in comparison.tables(told):

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from selfguide_ray import progress
 from selfguide_ray.config_file import read
+from selfguide_ray.method import tell_left
 from selfguide_ray.run import Run
 from selfguide_ray.search import Search
 from selfguide_ray.search.walk import Walk
@@ -19,11 +20,8 @@ from selfguide_ray.standings import TUNED
 REPORT, TOLD = "search.html", "search.json"
 
 
-def search(arguments: Sequence[str], usage: str | None) -> int:
+def search(arguments: Sequence[str]) -> int:
     """CONFIG [key=value …]: go through the search that the file describes; returns the exit code."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage)
-        return 0 if arguments else 2
     settings = read(Search, arguments[0], arguments[1:])
     walk = Walk(settings)
     told = walk.go()
@@ -33,9 +31,7 @@ def search(arguments: Sequence[str], usage: str | None) -> int:
     progress.out.print(table(told))
     progress.out.print(f"report: {settings.run}/{REPORT}", soft_wrap=True, markup=False)
     left = walk.sharing.left()
-    for what in left:
-        progress.event("left_behind", what=what)
-        progress.say(f"[red]left behind[/red] {what}")
+    tell_left(left)
     return 1 if left else 0
 
 
