@@ -1,9 +1,11 @@
 """Filters: which texts are dropped, and with which reason."""
 
+from functools import partial
+
 import pytest
+from pools import OPEN, reasons, through_pool
 
 from selfguide_ray.config_file import load
-from selfguide_ray.engine import Completion
 from selfguide_ray.engine.scripted import ByteTokenizer
 from selfguide_ray.filters import (
     FILTERS,
@@ -20,28 +22,18 @@ from selfguide_ray.filters import (
 from selfguide_ray.inputs import Pool
 from selfguide_ray.prompts import Prompts
 
-OPEN = ("a", "b" * 90)  # examples whose lengths let everything in this file pass
 PAIR = ("a plain example", "another example here")
 
 
 @pytest.fixture
 def rows_of(make_task):
     """Runs texts through a pool whose examples have the given inputs; returns the rows that come of it."""
-
-    def run(texts, examples=OPEN, settings=(), **task):
-        config = load(overrides=[f"inputs.prompts_per_round={len(texts)}", *settings])
-        task = make_task(examples=[(text, "x") for text in examples], **task)
-        pool = Pool(task, config, Prompts(ByteTokenizer(), 1 << 16))
-        pool.ask(0)
-        pool.keep([Completion(text, (), 0.0, "stop") for text in texts])
-        return pool.rows
-
-    return run
+    return partial(through_pool, make_task)
 
 
 @pytest.fixture
 def reasons_of(rows_of):
-    return lambda texts, examples=OPEN, **more: [row.get("drop_reason") for row in rows_of(texts, examples, **more)]
+    return lambda *given, **more: reasons(rows_of(*given, **more))
 
 
 @pytest.mark.parametrize(

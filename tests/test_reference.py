@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from pools import OPEN, ROOM, reasons, through_pool
 
 from selfguide_ray.config import Config, Student
 from selfguide_ray.config_file import load
-from selfguide_ray.engine import Completion
 from selfguide_ray.engine.scripted import ByteTokenizer, ScriptedEngine
 from selfguide_ray.errors import SelfGuideError
-from selfguide_ray.inputs import Pool
 from selfguide_ray.prompts import Prompts
 from selfguide_ray.reference import (
     HeaderAndNewline,
@@ -27,9 +26,6 @@ from selfguide_ray.schema import TABLES, Example, task_rows
 from selfguide_ray.trainset import Trainset
 from selfguide_ray.votes import Votes, elect
 
-OPEN = ("a", "b" * 90)  # examples whose lengths let everything in this file pass
-ROOM = 1 << 16
-
 
 def settings(*overrides):
     return load(overrides=["method=reference", *overrides])
@@ -39,20 +35,15 @@ def settings(*overrides):
 def rows_of(make_task):
     """Runs texts through the pool of a task with these inputs as examples; returns the rows that come of it."""
 
-    def run(texts, examples=OPEN, overrides=(), **task):
-        config = settings(f"inputs.prompts_per_round={len(texts)}", *overrides)
-        task = make_task(examples=[(text, "x") for text in examples], **task)
-        pool = Pool(task, config, HeaderAndNewline(ByteTokenizer(), ROOM))
-        pool.ask(0)
-        pool.keep([Completion(text, (), 0.0, "stop") for text in texts])
-        return pool.rows
+    def run(texts, examples=OPEN, settings=(), **task):
+        return through_pool(make_task, texts, examples, ("method=reference", *settings), **task)
 
     return run
 
 
 @pytest.fixture
 def reasons_of(rows_of):
-    return lambda texts, examples=OPEN, **more: [row.get("drop_reason") for row in rows_of(texts, examples, **more)]
+    return lambda *given, **more: reasons(rows_of(*given, **more))
 
 
 # --- lengths ---------------------------------------------------------------------------------------------------------
@@ -95,7 +86,7 @@ def test_examples_are_measured_as_they_stand(reasons_of):
 
 def test_the_length_filter_can_be_off(reasons_of):
     texts = ["x" * 900, "input"]
-    assert reasons_of(texts, ("abc", "vwxyz"), overrides=["inputs.length_filter=false"]) == [None, "noise"]
+    assert reasons_of(texts, ("abc", "vwxyz"), settings=["inputs.length_filter=false"]) == [None, "noise"]
 
 
 @pytest.mark.parametrize(("labels", "reason"), [((), "length"), (("yes", "no"), "no_label")])
