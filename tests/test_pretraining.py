@@ -183,6 +183,15 @@ def test_a_bounded_corpus_takes_as_much_of_a_large_task_as_of_a_small_one(make_t
     assert documents([of("large", 900)], seed=1, most=50) == documents([of("large", 900)], seed=1, most=50)
 
 
+def test_long_inputs_are_left_out(make_task):
+    instances = [("word " * n, "yes") for n in range(1, 40)]
+    task = make_task("one", examples=[("a", "yes"), ("b", "no")], instances=instances)
+    for longest in (50, 1000):
+        made = [m for m in documents([task], seed=1, longest=longest) if len(m) > 2]
+        inputs = {turn["content"].removeprefix("ITEM: ").strip() for m in made for turn in m[2::2]}
+        assert inputs == {"a", "b"} | {text.strip() for text, _ in instances if len(text) <= longest}
+
+
 def test_another_round_shows_the_same_items_in_other_company(make_task):
     task = make_task("one", examples=[(f"item {i}", str(i)) for i in range(60)], instances=[])
     made = documents([task], seed=1, rounds=2)
@@ -231,6 +240,11 @@ def test_only_what_the_student_writes_counts_in_full():
     rows = np.array([[9, 2, 5, 1, 3, 6, 7, 1, 2, 8, 1, 3, 4]])  # 2 user, 3 assistant, 1 end
     assert written(rows).tolist() == [[0, 0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 1]]
     assert weights_of(rows, 0.25)[0, 3:6].tolist() == [0.25, 1, 1]
+    # The first turn has three tokens, the second one: each weighs as much as six.
+    assert weights_of(rows, 0.25, least_turn=6)[0].tolist() == [*[0.25] * 4, 2, 2, 2, *[0.25] * 4, 6]
+    two = np.concatenate([rows, rows])
+    assert (weights_of(two, 0.25, least_turn=2) == weights_of(rows, 0.25, least_turn=2)).all()
+    assert weights_of(rows, 0.25, least_turn=2)[0, 4:7].tolist() == [1, 1, 1]
 
 
 def test_packing_keeps_every_document_whole(make_task):

@@ -51,6 +51,8 @@ class Recipe(Section):
     """Share of the conversations of a task with classes whose labels are random words, learned from the examples alone."""
     names: Literal["words", "texts"] = "words"
     """Where these words are from: the list of the made-up tasks, or one to three of the tasks' own texts, in any case."""
+    longest: int = Field(1000, ge=1)
+    """Characters of the longest input that is learned from."""
     turns: int = Field(8, ge=0)
     """A conversation shows at most so many examples before its last answer."""
     primer_tokens: int = Field(0, ge=0)
@@ -67,6 +69,8 @@ class Recipe(Section):
     """Rows that a worker takes at a time; as many as its memory holds."""
     user_weight: float = Field(0.2, ge=0, le=1)
     """Weight of a token that the student reads, against one that it writes."""
+    least_turn: int = Field(1, ge=1)
+    """A turn that the student writes weighs at least as much as so many tokens: a label against a whole item."""
     learning_rate: float = Field(3e-3, gt=0)
     """Peak rate, kept from the warm-up to the decay."""
     warmup_steps: int = Field(100, ge=0)

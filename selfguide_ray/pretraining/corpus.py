@@ -22,7 +22,7 @@ from selfguide_ray.task_files import read_task, task_files
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as FastTokenizer
 
-MAX_INSTRUCTION, MAX_ITEM, MAX_DOCUMENT = 1000, 1000, 3000  # characters; a small model has little use for passages
+MAX_INSTRUCTION, MAX_DOCUMENT = 1000, 3000  # characters; a small model has little use for passages
 UNWANTED = {"Toxic Language Detection", "Stereotype Detection"}  # nothing that a newcomer's first run should write
 SPECIAL_TOKENS = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
@@ -89,13 +89,14 @@ def documents(
     renamed: float = 0.5,
     turns: int = 8,
     names: str = "words",
+    longest: int = 1000,
 ) -> list[list[dict[str, str]]]:
     """Conversations in the two forms of `prompts`, answering with many turns and writing a new item, in random order.
 
     In each of the rounds every instance serves once, in other company. `made_up` is the share of the conversations whose
     task the project makes up; `most` bounds them all: a task with many instances then has no more than its part.
     `renamed` is the share of the conversations with classes that have random words for labels, from where `names` says;
-    `turns` the most examples before a conversation's last answer.
+    `turns` the most examples before a conversation's last answer. `longest` bounds an input, in characters.
     """
     rng, found = random.Random(seed), []
     naming = Naming(vocabulary(tasks) if names == "texts" else None)
@@ -103,7 +104,7 @@ def documents(
     part = None if most is None else max(1, round((1 - made_up) * most / len(learnable)))
     for task in learnable:
         pool = [Example(e.input, e.output) for e in task.examples]
-        pool += [Example(i.input, rng.choice(i.references)) for i in task.instances if len(i.input) <= MAX_ITEM]
+        pool += [Example(i.input, rng.choice(i.references)) for i in task.instances if len(i.input) <= longest]
         mine = [
             made
             for _ in range(rounds)
@@ -287,3 +288,12 @@ def written(rows: np.ndarray) -> np.ndarray:
     )
     speaking = np.maximum.accumulate(roles, axis=1) % 2 == 1
     return (speaking & (rows != assistant)).astype(np.float32)
+
+
+def at_least(weights: np.ndarray, least: int) -> np.ndarray:
+    """The weights with those of each run of ones raised until they sum to `least`: float32 [rows, tokens]."""
+    flat = np.pad(weights, ((0, 0), (1, 0))).ravel()  # a zero between rows parts their runs
+    edges = np.flatnonzero(np.diff(flat, append=0))
+    for start, end in zip(edges[::2] + 1, edges[1::2] + 1, strict=True):
+        flat[start:end] = max(1.0, least / (end - start))
+    return flat.reshape(len(weights), -1)[:, 1:]

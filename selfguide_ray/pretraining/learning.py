@@ -16,7 +16,7 @@ from selfguide_ray.config import Models
 from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.models import Unfinished
 from selfguide_ray.pretraining import Recipe, Shape
-from selfguide_ray.pretraining.corpus import SPECIAL_TOKENS, written
+from selfguide_ray.pretraining.corpus import SPECIAL_TOKENS, at_least, written
 from selfguide_ray.pretraining.muon import Muon, split
 from selfguide_ray.run import Run
 from selfguide_ray.schema import row_seed
@@ -164,7 +164,7 @@ class Learning:
         """One optimiser step; returns the loss summed over its tokens, weighted, and their weight."""
         recipe = self.recipe
         batch = self._batch()
-        weights = weights_of(batch, recipe.user_weight)
+        weights = weights_of(batch, recipe.user_weight, recipe.least_turn)
         total = float(weights.sum())
         mine = list(range(self.rank, len(batch), self.world))
         passes = math.ceil(math.ceil(len(batch) / self.world) / recipe.rows_per_pass)
@@ -262,7 +262,7 @@ class Learning:
             self.storage.publish(folder, WEIGHTS, TOLD)
 
 
-def weights_of(rows: np.ndarray, user_weight: float) -> np.ndarray:
-    """What each predicted token weighs: float32 [rows, context]; 1 where the student writes, 0 where padding begins."""
-    weights = np.maximum(written(rows), np.float32(user_weight))
+def weights_of(rows: np.ndarray, user_weight: float, least_turn: int = 1) -> np.ndarray:
+    """What each predicted token weighs: float32 [rows, context]; 1 or more where the student writes, 0 in padding."""
+    weights = np.maximum(at_least(written(rows), least_turn), np.float32(user_weight))
     return (weights * (rows != SPECIAL_TOKENS.index("<|pad|>")))[:, 1:]

@@ -126,6 +126,7 @@ def prepare(run: Run, recipe: Recipe) -> None:
         recipe.renamed,
         recipe.turns,
         recipe.names,
+        recipe.longest,
     )
     texts = [corpus.render(messages) for messages in made]
     progress.say(f"{len(learned)} tasks, {len(texts)} documents, {time.monotonic() - started:.0f} s")
