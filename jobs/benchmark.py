@@ -8,6 +8,8 @@ novelty     the ROUGE-L of every row of a task with every other
 filters     all other filters, on many rows
 training    many small tasks fine-tuned, against a process or a Ray Train run for each
 zero_memory a worker's memory with ZeRO-3 and with ZeRO-0
+scheduling  the time between two shards, and many workers that sleep against one
+driver      the driver's memory with many tasks and with few
 gpu         vLLM inside a Ray actor, on a GPU
 """
 
@@ -32,6 +34,8 @@ BENCHMARKS: dict[str, str] = {  # the module and function of each: what one need
     "filters": "benchmarks.filters:filters",
     "training": "benchmarks.training:training",
     "zero_memory": "benchmarks.zero_memory:zero_memory",
+    "scheduling": "benchmarks.scheduling:scheduling",
+    "driver": "benchmarks.scheduling:driver_memory",
     "gpu": "benchmarks.gpu:gpu",
 }
 
@@ -48,7 +52,13 @@ def main() -> None:
     parser.add_argument("--sizes", default="15M,120M", help="generation: models, the first for the headline")
     parser.add_argument("--requests", type=int, default=64, help="generation, gpu: requests of a task")
     parser.add_argument("--threads", type=int, default=1, help="generation: threads of every engine")
-    parser.add_argument("--rows", type=int, help="novelty: rows of a task (500); filters: of all tasks (1,000,000)")
+    parser.add_argument(
+        "--rows",
+        type=int,
+        help="novelty: rows of a task (500); filters: of all tasks (1,000,000); scheduling: shards of a worker (30)",
+    )
+    parser.add_argument("--workers", type=int, help="scheduling: workers side by side (16)")
+    parser.add_argument("--tasks", help="driver: numbers of tasks (100,2000)")
     parser.add_argument("--vllm", help="generation, gpu: a Python interpreter that has vLLM")
     parser.add_argument("--quick", action="store_true", help="generation, training: only the rates")
     parser.add_argument("--model", default="embedded/nano", help="gpu: a model's folder or name")
