@@ -1,4 +1,4 @@
-"""A head node of Ray of its own: what `ray start --head` makes on a real cluster, here on loopback with free ports."""
+"""A head node of Ray of its own: what `ray start --head` makes on a real cluster, here with free ports."""
 
 import contextlib
 import json
@@ -29,7 +29,8 @@ def environment(**given):
     """This process's, without another cluster's address; tokens are not what is tested."""
     mine = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "PYTHONPATH")}
     path = f"{RAY.parent}:{os.environ.get('PATH', '')}"  # a job is started by the name `python`
-    return mine | {"PATH": path, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", **given}
+    patience = {"RAY_raylet_start_wait_time_s": "300"}  # 30 are too few for a busy machine
+    return mine | patience | {"PATH": path, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", **given}
 
 
 @contextlib.contextmanager
@@ -38,7 +39,7 @@ def head(**given):
     folder = tempfile.mkdtemp(prefix="sg-")  # short: Ray's sockets lie in it
     ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
     options = [f"{name}={port}" for name, port in ports.items()]
-    options += ["--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1", "--num-cpus=2", f"--temp-dir={folder}"]
+    options += ["--dashboard-host=127.0.0.1", "--num-cpus=2", f"--temp-dir={folder}"]
     address = f"http://127.0.0.1:{ports['--dashboard-port']}"
     with Path(folder, "head.log").open("wb") as log:
         process = subprocess.Popen(
@@ -49,7 +50,7 @@ def head(**given):
             start_new_session=True,
         )
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 400
         while not living_nodes(address):
             assert process.poll() is None, Path(folder, "head.log").read_text()
             assert time.monotonic() < deadline, Path(folder, "head.log").read_text()
