@@ -42,7 +42,8 @@ def run(
 ) -> None:
     """Run the whole method, from task files to the report; the same command again continues it.
 
-    Exit code 0: all done. 1: something was left behind, and is listed. 2: bad input, nothing was done.
+    Exit code 0: all done. 1: something was left behind, and is listed. 2: bad input, or another job works on the run;
+    nothing was done. 130: stopped by Ctrl-C or SIGTERM, after what was in hand.
 
     Example: selfguide run configs/quickstart.yaml run=runs/first tasks.select='example00[1-4]*' inputs.rounds=4
     """
@@ -141,7 +142,7 @@ def submit(
 ) -> None:
     """Hand a run to a Ray cluster: print the `ray job submit` line and run it; its exit code is passed on.
 
-    The same command again continues the run.
+    The same command again continues the run. `ray job stop` leaves the job cluster.drain_seconds for what is in hand.
     """
     from selfguide_ray.submit import submit as hand_over
 

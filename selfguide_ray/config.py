@@ -72,6 +72,8 @@ class Cluster(Section):
     """Where weights do not stay: tasks that are trained before their predictions are made and the weights removed."""
     checkpoint_seconds: float = Field(300, ge=0)
     """How often the state of training is kept, to go on from after a death."""
+    drain_seconds: float = Field(60, ge=0)
+    """How long a job that is told to stop may go on with the shards and packs in hand; a second signal ends it at once."""
 
     @field_validator("workers", mode="before")
     @classmethod

@@ -8,6 +8,7 @@ import functools
 import json
 import logging
 import os
+import signal
 import threading
 import time
 import warnings
@@ -36,11 +37,14 @@ def connect() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's coming default; unset it warns each time
     # Ray's core says of every actor with bounded restarts, as an error, that lost arguments would end it; so be it.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    stopping = signal.getsignal(signal.SIGTERM)  # which Ray would replace by a handler that exits
     ray.init(
         log_to_driver=False,  # what goes wrong in a worker is in failures/, not in between the bars
         logging_level=logging.ERROR,
         include_dashboard=None if os.environ.get("RAY_ADDRESS") else False,
     )
+    if callable(stopping) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stopping)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # `progress` draws them
@@ -68,6 +72,12 @@ class StageType(Protocol):
 
 
 EngineFactory = Callable[[], Engine]
+Permit = Callable[[], bool]  # whether another piece of work may begin, see `stopping`
+
+
+def always() -> bool:
+    """The permit of work that nobody stops."""
+    return True
 
 
 class Metered:
@@ -104,8 +114,11 @@ class Metered:
 class ShardWorker:
     """What runs in an actor: stages over shards, `cluster.shards_in_flight` at a time in threads of their own."""
 
-    def __init__(self, config: Config, stages: Sequence[StageType], make_engine: EngineFactory) -> None:
+    def __init__(
+        self, config: Config, stages: Sequence[StageType], make_engine: EngineFactory, permit: Permit = always
+    ) -> None:
         self.config, self.run, self.kinds, self.make_engine = config, Run(config.run), stages, make_engine
+        self.permit = permit
         self.made: dict[str, Stage] = {}
         self.starting = threading.Lock()
 
@@ -123,6 +136,8 @@ class ShardWorker:
         for kind in self.kinds:
             if self.run.exists(f"{kind.writes}/{shard}.parquet"):
                 continue
+            if not self.permit():
+                return
             receipt: dict[str, Any] = {"table": kind.writes, "shard": shard, "failed": True}
             with noted(self.run, kind.writes, shard):
                 receipt = self._make(self._stage(kind), shard)
@@ -176,9 +191,16 @@ def rates(done: Counters) -> dict[str, float | None]:
 
 
 def map_shards(
-    config: Config, shards: Sequence[str], stages: Sequence[StageType], make_engine: EngineFactory
+    config: Config,
+    shards: Sequence[str],
+    stages: Sequence[StageType],
+    make_engine: EngineFactory,
+    permit: Permit = always,
 ) -> Iterator[dict[str, Any]]:
-    """Run the stages over the shards on `cluster.engines` actors; yields a receipt for each table shard made or failed."""
+    """Run the stages over the shards on `cluster.engines` actors; yields a receipt for each table shard made or failed.
+
+    Without permit the actors let the shards pass that are left.
+    """
     if not shards:
         return
     cluster, size = config.cluster, min(config.cluster.engines, len(shards))
@@ -188,7 +210,12 @@ def map_shards(
         warnings.simplefilter("ignore", RayDeprecationWarning)
         dataset = source.map_batches(
             ShardWorker,
-            fn_constructor_kwargs={"config": config, "stages": list(stages), "make_engine": make_engine},
+            fn_constructor_kwargs={
+                "config": config,
+                "stages": list(stages),
+                "make_engine": make_engine,
+                "permit": permit,
+            },
             batch_size=1,
             # Threads: while one shard waits for its slowest row, another keeps the engine full.
             compute=ray.data.ActorPoolStrategy(

@@ -3,6 +3,7 @@
 Every step does what is missing and no more, so a job that died is continued by starting it again.
 """
 
+import contextlib
 import functools
 import sys
 import time
@@ -26,6 +27,7 @@ from selfguide_ray.report import headline, write_report
 from selfguide_ray.run import Run, model_of
 from selfguide_ray.scores import Scores
 from selfguide_ray.status import left_behind
+from selfguide_ray.stopping import Work
 from selfguide_ray.tasks import plan as plan_tasks
 from selfguide_ray.trainset import Trainset
 
@@ -36,8 +38,18 @@ class Job:
 
     config: Config
     run: Run
+    work: Work | None = None  # which holds the run; without it nothing is stopped but by force
     planned: dict[str, Any] = field(default_factory=dict)
     failed: int = 0
+
+    def check(self) -> None:
+        """Between two pieces of work: goes no further if the job was told to stop, or another has the run."""
+        if self.work is not None:
+            self.work.check()
+
+    def permit(self) -> dict[str, Any]:
+        """For those who give work out: what is asked before a piece begins."""
+        return {} if self.work is None else {"permit": self.work.permit(self.run)}
 
 
 Step = Callable[[Job], None]
@@ -49,7 +61,8 @@ def plan(job: Job) -> None:
     facts = student.facts(job.config.student)
     _check_guide(job.config)
     job.planned = plan_tasks(job.run, job.config, facts)
-    job.run.sweep()
+    if job.work is not None:  # nobody else is at work on what is half-written
+        job.run.sweep()
     job.config = located(job.config)
     progress.event("plan", run=job.run.uri, **{k: v for k, v in job.planned.items() if k != "refused"})
     progress.say(f"[bold]{job.run.uri}[/bold]: {job.planned['tasks']} tasks in {job.planned['shards']} shards")
@@ -113,7 +126,7 @@ def _train(job: Job, due: dict[str, models.Work], shards: Sequence[str] | None) 
         from selfguide_ray.trainer import train_packs
 
         connect()
-        for task, well in train_packs(job.config, packs):
+        for task, well in train_packs(job.config, packs, **job.permit()):
             yield models.receipt(job.run, task) if well else {"table": "models", "shard": task, "failed": True}
 
 
@@ -183,19 +196,30 @@ def _stages(job: Job, stages: list[Any], ready: Callable[[str], bool]) -> None:
     engine = functools.partial(make_engine, job.config.student, job.config.cluster)
     totals = dict.fromkeys(tables, job.planned["shards"])
     done = {table: len(job.run.shards(table)) for table in totals}
-    _count_failures(job, progress.follow(map_shards(job.config, shards, stages, engine), totals, done))
+    receipts = map_shards(job.config, shards, stages, engine, **job.permit())
+    _count_failures(job, progress.follow(receipts, totals, done))
 
 
 def _count_failures(job: Job, receipts: Iterator[dict[str, Any]]) -> None:
+    job.check()
     job.failed += sum(bool(receipt.get("failed")) for receipt in receipts)
+    job.check()  # what was told to stop has not made all
 
 
 def perform(config: Config, steps: Sequence[Step]) -> int:
-    """Go through the steps; returns the exit code: 0, or 1 if a task, a shard or a task file was left behind."""
+    """Go through the steps; returns the exit code: 0, or 1 if a task, a shard or a task file was left behind.
+
+    Raises SelfGuideError if another job works on the run; only a report is written beside it.
+    """
     job = Job(config, Run(config.run))
     started = time.monotonic()
-    for step in steps:
-        step(job)
+    with contextlib.ExitStack() as ends:
+        if not {plan, report}.issuperset(steps):
+            job.work = ends.enter_context(Work(config.cluster.drain_seconds))
+            job.work.hold(job.run)
+        for step in steps:
+            job.check()
+            step(job)
     left = left_behind(job.run)
     tell_left(left)
     progress.event("end", seconds=round(time.monotonic() - started, 1), left_behind=len(left))

@@ -4,6 +4,8 @@ Ray's command does the work; here is only what is easily got wrong: paths that m
 whether to show a token.
 """
 
+import json
+import math
 import os
 import shlex
 import shutil
@@ -17,6 +19,8 @@ from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.redaction import redacted
 
 JOB = "jobs/selfguide.py"
+GRACE = "RAY_JOB_STOP_WAIT_TIME_S"  # between SIGTERM and SIGKILL of `ray job stop`; 3 by default
+LEAVING = 30  # seconds for a job to leave, once nothing is in hand
 AUTH_MODE = "RAY_AUTH_MODE"
 DEFAULT_TOKEN = "~/.ray/auth_token"  # where Ray keeps the token that it makes
 
@@ -27,7 +31,7 @@ def submit(config: str, overrides: Sequence[str], address: str | None, wait: boo
     Raises SelfGuideError for settings that the job would refuse, and for a job or settings outside the working directory.
     """
     settings = load(config, overrides)
-    line = command(config, overrides, address, wait)
+    line = command(config, overrides, address, wait, settings.cluster.drain_seconds)
     added, why = authentication()
     shown = shlex.join([*(f"{name}={value}" for name, value in added.items()), *line])
     print(redacted(shown), flush=True)
@@ -43,8 +47,12 @@ def submit(config: str, overrides: Sequence[str], address: str | None, wait: boo
     return subprocess.run([executable(), *line[1:]], env=os.environ | added, check=False).returncode
 
 
-def command(config: str, overrides: Sequence[str], address: str | None, wait: bool) -> list[str]:
-    """`ray job submit …` as a list; the working directory goes along, so the settings are named as they lie in it."""
+def command(config: str, overrides: Sequence[str], address: str | None, wait: bool, drain_seconds: float) -> list[str]:
+    """`ray job submit …` as a list; the working directory goes along, so the settings are named as they lie in it.
+
+    So does the time that `ray job stop` leaves the job to finish what it has in hand.
+    """
+    environment = {"env_vars": {GRACE: str(math.ceil(drain_seconds) + LEAVING)}}
     here = Path.cwd().resolve()
     if not (here / JOB).is_file():
         raise SelfGuideError(
@@ -63,7 +71,7 @@ def command(config: str, overrides: Sequence[str], address: str | None, wait: bo
         *("ray", "job", "submit"),
         *(("--address", address) if address else ()),
         *(() if wait else ("--no-wait",)),
-        *("--working-dir", ".", "--"),
+        *("--working-dir", ".", "--runtime-env-json", json.dumps(environment, separators=(",", ":")), "--"),
         *("python", JOB, place.relative_to(here).as_posix(), *overrides),
     ]
 

@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from selfguide_ray.config import Cluster, Config
 from selfguide_ray.errors import SelfGuideError
-from selfguide_ray.executor import process_environment
+from selfguide_ray.executor import Permit, always, process_environment
 from selfguide_ray.failures import clear, note, noted
 from selfguide_ray.models import UNFINISHED, Pack, learn
 from selfguide_ray.pretraining import Recipe
@@ -36,8 +36,8 @@ HIDDEN = ".train"  # Ray Train's own files, inside the run
 class WorkList:
     """The packs that wait, and which group has which in hand."""
 
-    def __init__(self, packs: Sequence[Pack]) -> None:
-        self.waiting = list(packs)
+    def __init__(self, packs: Sequence[Pack], permit: Permit = always) -> None:
+        self.waiting, self.permit = list(packs), permit
         self.in_hand: dict[int, Pack] = {}
         self.deaths: Counter[str] = Counter()
         self.starts: Counter[int] = Counter()
@@ -57,10 +57,10 @@ class WorkList:
         return self.starts[group] <= STARTS
 
     def take(self, group: int) -> Pack | None:
-        """The next pack for a group, which has done with the last; None if there is none."""
+        """The next pack for a group, which has done with the last; None if there is none, or none may begin."""
         if self.in_hand.pop(group, None) is not None:
             self.starts[group] = 1
-        if not self.waiting:
+        if not self.waiting or not self.permit():
             return None
         self.in_hand[group] = self.waiting.pop(0)
         return self.in_hand[group]
@@ -88,11 +88,14 @@ class WorkList:
         return 0 if stillborn else len(self.waiting), self.given_up
 
 
-def train_packs(config: Config, packs: Sequence[Pack]) -> Iterator[tuple[str, bool]]:
-    """Train the packs on groups; yields (task, done) as tasks are published, and in the end those that failed."""
+def train_packs(config: Config, packs: Sequence[Pack], permit: Permit = always) -> Iterator[tuple[str, bool]]:
+    """Train the packs on groups; yields (task, done) as tasks are published, and in the end those that failed.
+
+    Without permit no further pack is begun, and those that are left have not failed.
+    """
     run = Run(config.run)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    works = ray.remote(num_cpus=0)(WorkList).options(scheduling_strategy=here).remote(list(packs))
+    works = ray.remote(num_cpus=0)(WorkList).options(scheduling_strategy=here).remote(list(packs), permit)
     launch = ray.remote(num_cpus=0, max_retries=0)(train_group).options(scheduling_strategy=here)
     groups = [launch.remote(config, number, works) for number in range(min(config.cluster.groups, len(packs)))]
     ended: set[int] = set()
@@ -111,6 +114,8 @@ def train_packs(config: Config, packs: Sequence[Pack]) -> Iterator[tuple[str, bo
         published = sorted(expected & set(run.trained()))
         yield from ((task, True) for task in published)
         expected -= set(published)
+        if not running and expected and not permit():
+            break
         if not running and expected:
             waiting, given_up = ray.get(works.left.remote())
             if not waiting or len(groups) >= DEATHS * len(packs) + config.cluster.groups:

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from selfguide_ray.cli import app
 
+GRACE = '{"env_vars":{"RAY_JOB_STOP_WAIT_TIME_S":"90"}}'  # cluster.drain_seconds, and time to leave
 FAKE_RAY = """#!{python}
 import json, os, sys
 keep = {{"arguments": sys.argv[1:], "mode": os.environ.get("RAY_AUTH_MODE"), "cwd": os.getcwd()}}
@@ -55,7 +56,8 @@ def test_a_dry_run_prints_the_line_and_submits_nothing(project):
     done = submit("configs/own.yaml", "tasks.select=a b,!c*", "inputs.rounds=4", "--address", "http://h:1", "--dry-run")
     assert done.exit_code == 0, done.output
     assert done.stdout == (
-        "ray job submit --address http://h:1 --working-dir . -- python jobs/selfguide.py configs/own.yaml "
+        f"ray job submit --address http://h:1 --working-dir . --runtime-env-json '{GRACE}' -- "
+        "python jobs/selfguide.py configs/own.yaml "
         "'tasks.select=a b,!c*' inputs.rounds=4\n"
     )
     assert told(project) is None
@@ -67,7 +69,7 @@ def test_what_is_printed_is_what_runs_and_its_exit_code_is_passed_on(project):
     call = told(project)
     assert shlex.split(done.stdout) == ["ray", *call["arguments"]]
     assert call["arguments"] == [
-        *("job", "submit", "--no-wait", "--working-dir", ".", "--"),
+        *("job", "submit", "--no-wait", "--working-dir", ".", "--runtime-env-json", GRACE, "--"),
         *("python", "jobs/selfguide.py", "configs/own.yaml", "tasks.select=a b"),
     ]
     assert call["cwd"] == str(project)

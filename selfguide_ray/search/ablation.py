@@ -15,6 +15,7 @@ from selfguide_ray.run import Run
 from selfguide_ray.search import spelled
 from selfguide_ray.search.sharing import Sharing
 from selfguide_ray.sections import Section
+from selfguide_ray.stopping import Work
 
 BASE, TOLD = "base", "ablation.json"
 
@@ -62,11 +63,14 @@ def ablate(arguments: Sequence[str]) -> int:
     """CONFIG [key=value …]: run what the file describes, and compare; returns the exit code."""
     ablation = read(Ablation, arguments[0], arguments[1:])
     groups = configs(ablation)
-    sharing = Sharing(student.facts(groups[BASE][0].student))
-    for several in zip(*groups.values(), strict=True):  # a seed's runs one after the other, so that they can share
-        for config in several:
-            job = sharing.job(config)
-            sharing.make(config.run, job, job.run.shards("tasks"))
+    first = groups[BASE][0]
+    with Work(first.cluster.drain_seconds) as work:
+        work.hold(Run(ablation.run))
+        sharing = Sharing(student.facts(first.student), work)
+        for several in zip(*groups.values(), strict=True):  # a seed's runs one after the other, so that they can share
+            for config in several:
+                job = sharing.job(config)
+                sharing.make(config.run, job, job.run.shards("tasks"))
     left = sharing.left()
     tell_left(left)
     told = comparison.compare([[config.run for config in several] for several in groups.values()])

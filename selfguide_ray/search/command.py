@@ -13,9 +13,10 @@ from selfguide_ray import progress
 from selfguide_ray.config_file import read
 from selfguide_ray.method import tell_left
 from selfguide_ray.run import Run
-from selfguide_ray.search import Search
+from selfguide_ray.search import Search, points
 from selfguide_ray.search.walk import Walk
 from selfguide_ray.standings import TUNED
+from selfguide_ray.stopping import Work
 
 REPORT, TOLD = "search.html", "search.json"
 
@@ -23,11 +24,13 @@ REPORT, TOLD = "search.html", "search.json"
 def search(arguments: Sequence[str]) -> int:
     """CONFIG [key=value …]: go through the search that the file describes; returns the exit code."""
     settings = read(Search, arguments[0], arguments[1:])
-    walk = Walk(settings)
-    told = walk.go()
     run = Run(settings.run)
-    run.put(TOLD, json.dumps(told, indent=1).encode() + b"\n")
-    run.put(REPORT, page(told).encode())
+    with Work(points(settings)[0].config.cluster.drain_seconds) as work:
+        work.hold(run)
+        walk = Walk(settings, work)
+        told = walk.go()
+        run.put(TOLD, json.dumps(told, indent=1).encode() + b"\n")
+        run.put(REPORT, page(told).encode())
     progress.out.print(table(told))
     progress.out.print(f"report: {settings.run}/{REPORT}", soft_wrap=True, markup=False)
     left = walk.sharing.left()

@@ -13,13 +13,14 @@ from selfguide_ray.method import Job, evaluate, plan, synthesize, train
 from selfguide_ray.models import MODEL
 from selfguide_ray.run import PLAN, READS, Run, made_by
 from selfguide_ray.status import left_behind
+from selfguide_ray.stopping import Work
 
 
 class Sharing:
-    """Runs of one student over the same tasks. `facts` are the student's."""
+    """Runs of one student over the same tasks. `facts` are the student's; `work` holds the runs."""
 
-    def __init__(self, facts: dict[str, Any]) -> None:
-        self.facts = facts
+    def __init__(self, facts: dict[str, Any], work: Work | None = None) -> None:
+        self.facts, self.work = facts, work
         self.jobs: dict[str, Job] = {}  # by the run's folder
         self.makers: dict[tuple[str, str], list[Run]] = {}  # (table, what it is made by) → the runs that have it so
         self.taken_over = dict.fromkeys(READS, 0)  # shards, and models, that were made for another run
@@ -27,7 +28,9 @@ class Sharing:
     def job(self, config: Config) -> Job:
         """The job of a run, with its plan."""
         if config.run not in self.jobs:
-            job = Job(config, Run(config.run))
+            job = Job(config, Run(config.run), self.work)
+            if self.work is not None:
+                self.work.hold(job.run)
             self._take_over(job, "tasks", None)
             plan(job)
             for table in READS:

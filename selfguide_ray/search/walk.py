@@ -13,6 +13,7 @@ from selfguide_ray.search import Point, Search, baselines, final, points
 from selfguide_ray.search.selection import choose, hopeless, instance_scores
 from selfguide_ray.search.sharing import Sharing, names
 from selfguide_ray.standings import TUNED, Board
+from selfguide_ray.stopping import Work
 
 CHOSEN = "chosen.json"
 Scores = dict[str, float]  # task → score, 0-100
@@ -21,10 +22,10 @@ Scores = dict[str, float]  # task → score, 0-100
 class Walk:
     """A search under way."""
 
-    def __init__(self, search: Search) -> None:
+    def __init__(self, search: Search, work: Work | None = None) -> None:
         self.search, self.points = search, points(search)
         self.run = Run(search.run)
-        self.sharing = Sharing(student.facts(self.points[0].config.student))
+        self.sharing = Sharing(student.facts(self.points[0].config.student), work)
         self.stopped: dict[str, dict[str, Any]] = {}
         self.tasks: dict[str, Task] = {}
         self.shards: list[str] = []
