@@ -226,6 +226,7 @@ def entry(usage: str | None, command: Callable[[Sequence[str]], int]) -> None:
 def guarded(action: Callable[[], int]) -> int:
     """Run a command; a user's error is printed in its three parts and becomes exit code 2, any other one becomes 1.
 
+    A disk or store that fails is told in three parts below where it did.
     What is printed of an error holds no secret (`redaction`).
     """
     try:
@@ -238,4 +239,19 @@ def guarded(action: Callable[[], int]) -> int:
         print(redacted(f"error: {ended.error}"), file=sys.stderr)
         return 2
     print(redacted("".join(traceback.format_exception(ended.error))), end="", file=sys.stderr)
+    if (failed := _failed_storage(ended.error)) is not None:
+        print(redacted(f"error: {failed}"), file=sys.stderr)
     return 1
+
+
+def _failed_storage(error: BaseException | None) -> SelfGuideError | None:
+    """What to say of a disk or an object store that failed, if that is at the bottom of an error; Ray's wrap theirs."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return SelfGuideError(
+                " ".join(str(error).split()),
+                "A disk or an object store did not do what the run asked of it, and could not be told of it either.",
+                "See that it can be reached, has room and lets you in; the same command goes on from what is there.",
+            )
+        error = getattr(error, "cause", None) or error.__cause__
+    return None
