@@ -239,19 +239,14 @@ def guarded(action: Callable[[], int]) -> int:
         print(redacted(f"error: {ended.error}"), file=sys.stderr)
         return 2
     print(redacted("".join(traceback.format_exception(ended.error))), end="", file=sys.stderr)
-    if (failed := _failed_storage(ended.error)) is not None:
-        print(redacted(f"error: {failed}"), file=sys.stderr)
+    if type(ended.error) in (OSError, PermissionError):  # others of their kind are of other services
+        print(redacted(f"error: {_failed_storage(ended.error)}"), file=sys.stderr)
     return 1
 
 
-def _failed_storage(error: BaseException | None) -> SelfGuideError | None:
-    """What to say of a disk or an object store that failed, if that is at the bottom of an error; Ray's wrap theirs."""
-    while error is not None:
-        if isinstance(error, OSError):
-            return SelfGuideError(
-                " ".join(str(error).split()),
-                "A disk or an object store did not do what the run asked of it, and could not be told of it either.",
-                "See that it can be reached, has room and lets you in; the same command goes on from what is there.",
-            )
-        error = getattr(error, "cause", None) or error.__cause__
-    return None
+def _failed_storage(error: Exception) -> SelfGuideError:
+    return SelfGuideError(
+        " ".join(str(error).split()),
+        "A disk or an object store did not do what it was asked to, and the run has nowhere else to go.",
+        "See that it can be reached, has room and lets you in; the same command goes on from what is there.",
+    )
