@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from selfguide_ray.errors import SelfGuideError
+from selfguide_ray.redaction import redacted
 from selfguide_ray.sections import PerFamily, Section, per_family
 
 # Chat phrases that mark a reply about the text instead of the text (our list; the reference's idea, spec §1.2.3).
@@ -18,6 +19,16 @@ CHAT_PHRASES = (
     "Sure,", "Sure!", "Certainly", "Of course", "Here is", "Here's", "Thank you for", "Great question", "I apologize",
     "I'm sorry", "As an AI", "As a language model", "I cannot", "Let me",
 )  # fmt: skip
+
+
+def _refuse_uri(name: str, value: str | None) -> None:
+    """A path that cannot be a URI is not one."""
+    if value is not None and "://" in value:
+        raise SelfGuideError(
+            f"{name}: {redacted(value)} is a URI.",
+            "It is read from a local path; only runs may lie on an object store.",
+            "Copy it to a disk that all nodes see, and give the path there.",
+        )
 
 
 class Student(Section):
@@ -43,6 +54,11 @@ class Student(Section):
     """Further arguments of vLLM's engine, by name; engine: vllm."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
+
+    @model_validator(mode="after")
+    def _on_disk(self) -> "Student":
+        _refuse_uri("student.model", self.model)
+        return self
 
 
 class Cluster(Section):
@@ -108,6 +124,12 @@ class Tasks(Section):
     @classmethod
     def _joined(cls, value: Any) -> Any:
         return ",".join(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value
+
+    @model_validator(mode="after")
+    def _on_disk(self) -> "Tasks":
+        _refuse_uri("tasks.source", self.source)
+        _refuse_uri("tasks.splits", self.splits)
+        return self
 
 
 LabelMode = Literal["free", "decode", "score"]
@@ -266,7 +288,10 @@ class Models(Section):
     @field_validator("deepspeed", mode="before")
     @classmethod
     def _read_deepspeed(cls, value: Any) -> Any:
-        return _json_object(Path(value), "models.deepspeed") if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        _refuse_uri("models.deepspeed", value)
+        return _json_object(Path(value), "models.deepspeed")
 
     @property
     def peak_rate(self) -> float:

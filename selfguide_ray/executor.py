@@ -23,10 +23,11 @@ from ray.util.annotations import RayDeprecationWarning
 
 from selfguide_ray.config import Config
 from selfguide_ray.engine import Completion, Counters, Engine, Request
-from selfguide_ray.failures import clear, noted
+from selfguide_ray.failures import caught, clear, noted
 from selfguide_ray.run import Run
 
 TOKENS = ("prompt_tokens", "cached_tokens", "generated_tokens")
+UNNOTED = "unnoted"
 RESTARTS = 3  # of an actor whose process dies; by default Ray would restart it for ever
 
 
@@ -128,8 +129,16 @@ class ShardWorker:
         return Metered(self.make_engine())
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
-        """A batch of shard names → receipts as JSON."""
-        return {"receipt": [json.dumps(r) for shard in batch["shard"] for r in self.work(str(shard))]}
+        """A batch of shard names → receipts as JSON; what failed without a note, since the run cannot be reached, is one."""
+        receipts: list[dict[str, Any]] = []
+        with caught() as ended:
+            for shard in batch["shard"]:
+                receipts += self.work(str(shard))
+        if isinstance(ended.error, OSError):  # Ray would hand on its text alone, among much else
+            receipts.append({UNNOTED: str(ended.error)})
+        elif ended.error is not None:
+            raise ended.error
+        return {"receipt": [json.dumps(receipt) for receipt in receipts]}
 
     def work(self, shard: str) -> Iterator[dict[str, Any]]:
         """Take a shard through the stages whose file is missing; a failure ends the shard's way and no other's."""
@@ -200,6 +209,7 @@ def map_shards(
     """Run the stages over the shards on `cluster.engines` actors; yields a receipt for each table shard made or failed.
 
     Without permit the actors let the shards pass that are left.
+    Raises OSError where the run could not be reached, even to note that.
     """
     if not shards:
         return
@@ -231,7 +241,10 @@ def map_shards(
             max_task_retries=RESTARTS,
         )
     for row in dataset.iter_rows():
-        yield json.loads(row["receipt"])
+        receipt = json.loads(row["receipt"])
+        if UNNOTED in receipt:
+            raise OSError(receipt[UNNOTED])
+        yield receipt
 
 
 def process_environment(cpus: float, gpus: float) -> dict[str, str]:

@@ -35,10 +35,13 @@ def noted(run: Run, table: str, unit: str) -> Iterator[None]:
 
 
 def note(run: Run, table: str, unit: str, error: Exception) -> None:
-    """Write down what a unit of work failed of."""
+    """Write down what a unit of work failed of; where that cannot be, it is raised: the job has to end."""
     first = str(error) if isinstance(error, SelfGuideError) else f"{type(error).__name__}: {error}"
     told = "".join(traceback.format_exception(error))
-    run.put(f"failures/{table}/{unit}.txt", redacted(f"{first}\n\n{told}").encode(errors="replace"))
+    try:
+        run.put(f"failures/{table}/{unit}.txt", redacted(f"{first}\n\n{told}").encode(errors="replace"))
+    except OSError as unwritable:
+        raise unwritable from error
 
 
 def clear(run: Run, table: str, unit: str) -> None:

@@ -250,6 +250,7 @@ def entry(usage: str | None, command: Callable[[Sequence[str]], int]) -> None:
 def guarded(action: Callable[[], int]) -> int:
     """Run a command; a user's error is printed in its three parts and becomes exit code 2, any other one becomes 1.
 
+    A disk or store that fails is told in three parts below where it did.
     What is printed of an error holds no secret (`redaction`).
     """
     try:
@@ -262,4 +263,14 @@ def guarded(action: Callable[[], int]) -> int:
         print(redacted(f"error: {ended.error}"), file=sys.stderr)
         return 2
     print(redacted("".join(traceback.format_exception(ended.error))), end="", file=sys.stderr)
+    if type(ended.error) in (OSError, PermissionError):  # others of their kind are of other services
+        print(redacted(f"error: {_failed_storage(ended.error)}"), file=sys.stderr)
     return 1
+
+
+def _failed_storage(error: Exception) -> SelfGuideError:
+    return SelfGuideError(
+        " ".join(str(error).split()),
+        "A disk or an object store did not do what it was asked to, and the run has nowhere else to go.",
+        "See that it can be reached, has room and lets you in; the same command goes on from what is there.",
+    )

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from selfguide_ray import student
 from selfguide_ray.config import Config
 from selfguide_ray.errors import SelfGuideError
-from selfguide_ray.failures import caught, clear, note
+from selfguide_ray.failures import caught, clear, note, noted
 from selfguide_ray.redaction import redacted_values
 from selfguide_ray.run import Run, digest, model_of, pairs_of
 from selfguide_ray.tuning import Lesson, Told, make_tuner, packs_tasks
@@ -57,15 +57,21 @@ def learnable(run: Run, config: Config, shards: Collection[str] | None = None) -
         if shards is not None and shard not in shards:
             continue
         names = run.read("tasks", shard, ["task"])["task"].to_pylist()
-        rows = run.read("trainset", shard, ["task", "system", "tokens", "drop_reason"])
-        alive = rows.filter(pc.is_null(rows["drop_reason"])).group_by(["task", "system"])
-        sums = alive.aggregate([("tokens", "sum"), ("tokens", "count")]).to_pylist()
-        costs = {model_of(row["task"], row["system"]): (row["tokens_sum"], row["tokens_count"]) for row in sums}
-        for system in config.predictions.tuned or ("selfguide",):
-            for name in names:
-                model = model_of(name, system)
-                found[model] = Work(shard, *costs.get(model, (0, 0)))
+        with noted(run, "trainset", shard):  # one that is damaged holds back its own tasks only
+            costs = _costs(run, shard)
+            for system in config.predictions.tuned or ("selfguide",):
+                for name in names:
+                    model = model_of(name, system)
+                    found[model] = Work(shard, *costs.get(model, (0, 0)))
     return found
+
+
+def _costs(run: Run, shard: str) -> dict[str, tuple[int, int]]:
+    """Model → tokens of its pairs, and how many these are."""
+    rows = run.read("trainset", shard, ["task", "system", "tokens", "drop_reason"])
+    alive = rows.filter(pc.is_null(rows["drop_reason"])).group_by(["task", "system"])
+    sums = alive.aggregate([("tokens", "sum"), ("tokens", "count")]).to_pylist()
+    return {model_of(row["task"], row["system"]): (row["tokens_sum"], row["tokens_count"]) for row in sums}
 
 
 def untrained(run: Run, config: Config, shards: Collection[str] | None = None) -> dict[str, Work]:

@@ -27,6 +27,7 @@ from selfguide_ray.run import PLAN, READS, Run
 from selfguide_ray.schema import TABLES, TASK_COLUMNS, Task, tasks_of
 from selfguide_ray.sections import PerFamily
 from selfguide_ray.standings import FAMILIES, FLOORS, PROMPTED, TUNED, Board, best_of, score_table, standings
+from selfguide_ray.storage import shown
 from selfguide_ray.suspects import suspicions
 
 METRIC_NAMES = {
@@ -62,7 +63,7 @@ def write_report(run: Run, config: Config) -> str:
     page = _templates().get_template("report.html.j2")
     text = page.render(
         name=run.root.rsplit("/", 1)[-1],
-        uri=redacted(run.uri),
+        uri=redacted(shown(run.uri)),
         written=time.strftime("%d %B %Y, %H:%M %Z"),
         config=config,
         tasks=tasks,
@@ -80,7 +81,7 @@ def write_report(run: Run, config: Config) -> str:
         refused=(run.get_json(PLAN) or {}).get("refused", []),
     )
     run.put("report.html", text.encode())
-    return f"{run.uri.rstrip('/')}/report.html"
+    return shown(run.uri, "report.html")
 
 
 def headline(run: Run) -> Group:

@@ -12,9 +12,9 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -24,11 +24,15 @@ from selfguide_ray.config import Config
 from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.redaction import agrees, redacted_values
 from selfguide_ray.schema import TABLES
+from selfguide_ray.storage import opened, publish_whole, shown
+
+T = TypeVar("T")
 
 RECEIPT = b"selfguide_receipt"
 TEMPORARY = ".tmp-"  # readers of Parquet folders pass over names with a leading dot
 PLAN = "tasks/_plan.json"  # written last of the table `tasks`: the plan is complete
 SETTINGS = "_settings.json"  # and over those with a leading underscore
+VERIFIED = {"page_checksum_verification": True}
 
 # What each folder is made from; its settings are its own section, the student where that speaks, and those below it.
 READS: dict[str, tuple[str, ...]] = {
@@ -63,11 +67,7 @@ class Run:
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        if "://" in uri:
-            self.fs, root = pafs.FileSystem.from_uri(uri)
-        else:
-            self.fs, root = pafs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
-        self.root = root.rstrip("/")
+        self.fs, self.root = opened(uri)
         self.local = isinstance(self.fs, pafs.LocalFileSystem)
 
     # --- tables ---------------------------------------------------------------------------------------------------
@@ -82,9 +82,9 @@ class Run:
         return [shard for shard in self.shards("tasks") if shard not in done]
 
     def read(self, table: str, shard: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """A shard's rows."""
-        with self.fs.open_input_file(self._path(table, f"{shard}.parquet")) as file:
-            return pq.read_table(file, columns=list(columns) if columns is not None else None)
+        """A shard's rows; raises SelfGuideError if somebody has damaged its file."""
+        names = list(columns) if columns is not None else None
+        return self._parsed(table, shard, lambda file: pq.read_table(file, columns=names, **VERIFIED))
 
     def read_all(self, table: str, columns: Sequence[str] | None = None) -> pa.Table:
         """All rows of a table, shards in order."""
@@ -101,24 +101,49 @@ class Run:
         """
         schema = TABLES[table].with_metadata({RECEIPT: json.dumps(receipt).encode()})
         buffer = pa.BufferOutputStream()
-        pq.write_table(rows.cast(schema), buffer, compression="zstd")
+        pq.write_table(rows.cast(schema), buffer, compression="zstd", write_page_checksum=True)
         return self.put(f"{table}/{shard}.parquet", buffer.getvalue(), replace=False)
 
     def receipt(self, table: str, shard: str) -> dict[str, Any]:
         """What it took to make a shard."""
-        with self.fs.open_input_file(self._path(table, f"{shard}.parquet")) as file:
-            return json.loads((pq.read_schema(file).metadata or {}).get(RECEIPT, b"{}"))
+        return self._parsed(
+            table, shard, lambda file: json.loads((pq.read_schema(file).metadata or {}).get(RECEIPT, b"{}"))
+        )
+
+    def _parsed(self, table: str, shard: str, parse: Callable[[pa.NativeFile], T]) -> T:
+        name = f"{table}/{shard}.parquet"
+        try:
+            with self.fs.open_input_file(self._path(name)) as file:
+                return parse(file)
+        except FileNotFoundError:
+            raise
+        except (pa.ArrowException, OSError, ValueError):
+            data = self.get(name)  # which fails too if it is the store, and not the file
+        try:
+            return parse(pa.BufferReader(data or b""))
+        except (pa.ArrowException, OSError, ValueError) as error:
+            plan = f" and {PLAN}" if table == "tasks" else ""
+            raise SelfGuideError(
+                f"{shown(self.uri, name)} is damaged.",
+                f"{' '.join(str(error).split())}.",
+                f"Delete it{plan}, and the same command makes it again.",
+            ) from error
 
     # --- models: the one table whose unit is the task --------------------------------------------------------------
 
     def trained(self) -> list[str]:
         """Tasks whose `model.json` is published."""
-        return sorted(name for name in self.names("models") if self.exists(f"models/{name}/model.json"))
+        if self.local:
+            return sorted(name for name in self.names("models") if self.exists(f"models/{name}/model.json"))
+        folder = self._path("models")  # one listing where each look at a file would be a request
+        infos = self.fs.get_file_info(pafs.FileSelector(folder, allow_not_found=True, recursive=True))
+        names = [info.path.removeprefix(f"{folder}/").partition("/") for info in infos]
+        return sorted(name for name, _, file in names if file == "model.json" and not name.startswith((".", "_")))
 
     @contextlib.contextmanager
     def scratch(self, relative: str) -> Iterator[Path]:
         """A local folder that lasts as long as the block, on the disk of the folder `relative` where that is local."""
-        parent = Path(self._path(relative)) if self.local else Path(tempfile.gettempdir())
+        parent = Path(self._path(relative)) if self.local else self._beside
         parent.mkdir(parents=True, exist_ok=True)
         folder = parent / f"{TEMPORARY}{uuid.uuid4().hex[:8]}"
         folder.mkdir()
@@ -137,9 +162,12 @@ class Run:
             return
         if self.exists(f"{relative}/{last}"):
             return
-        for file in sorted(folder.iterdir(), key=lambda path: path.name == last):
-            with file.open("rb") as source, self.fs.open_output_stream(f"{self._path(relative)}/{file.name}") as sink:
-                shutil.copyfileobj(source, sink, 1 << 22)
+        files = sorted(folder.iterdir(), key=lambda path: path.name == last)
+        for name in set(self.names(relative)) - {file.name for file in files}:
+            self.remove(f"{relative}/{name}")  # of a process that died here
+        for file in files:
+            with pa.memory_map(str(file)) as source:
+                publish_whole(self.fs, self._path(relative, file.name), source.read_buffer())
 
     def take(self, other: "Run", relative: str) -> bool:
         """Publish a copy of another run's file, as it is; False if it is here already, or not there."""
@@ -175,8 +203,7 @@ class Run:
             return False
         path = self._path(relative)
         if not self.local:
-            with self.fs.open_output_stream(path) as sink:
-                sink.write(data)
+            publish_whole(self.fs, path, data)
             return True
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -224,10 +251,17 @@ class Run:
             self.fs.delete_file(self._path(relative))
 
     def sweep(self) -> None:
-        """Remove what a killed process left half-written. Only temporary names are touched."""
-        if self.local:
-            for path in Path(self.root).glob(f"**/{TEMPORARY}*"):
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        """Remove what a killed process left half-written. Only temporary names are touched.
+
+        Of a remote run these are on this node; what it had sent to the store is nowhere to be seen.
+        """
+        for path in (Path(self.root) if self.local else self._beside).glob(f"**/{TEMPORARY}*"):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+    @property
+    def _beside(self) -> Path:
+        """Where a node holds what is to become part of a remote run."""
+        return Path(tempfile.gettempdir()) / f"selfguide-{digest(self.root)}"
 
     def _path(self, *parts: str) -> str:
         return "/".join((self.root, *(part for part in parts if part)))
@@ -261,9 +295,9 @@ class Run:
         ]
         later = [name for name in READS if list(READS).index(name) >= list(READS).index(table)]
         raise SelfGuideError(
-            f"{self.uri}/{table} was made by other settings: {'; '.join(changes)}.",
+            f"{shown(self.uri, table)} was made by other settings: {'; '.join(changes)}.",
             "Rows of two settings in one table could not be told apart.",
-            f"Restore the setting, choose another run=DIR, or delete {', '.join(later)} in {self.uri} to make them again.",
+            f"Restore the setting, choose another run=DIR, or delete {', '.join(later)} in {shown(self.uri)} to make them again.",
         )
 
 

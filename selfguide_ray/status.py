@@ -6,6 +6,7 @@ from selfguide_ray.config import LEARNERS
 from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.failures import failures
 from selfguide_ray.run import PLAN, READS, SETTINGS, Run
+from selfguide_ray.storage import shown
 
 FIGURES = ("rows", "kept", "seconds", "generated_tokens")
 
@@ -18,7 +19,7 @@ def progress_of(run: Run) -> dict[str, Any]:
     shards = run.shards("tasks")
     if not shards:
         raise SelfGuideError(
-            f"{run.uri} holds no run.",
+            f"{shown(run.uri)} holds no run.",
             "A run has a folder `tasks` with at least one shard.",
             "Check the path, or start one with selfguide run CONFIG run=DIR.",
         )

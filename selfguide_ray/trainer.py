@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from selfguide_ray.config import Cluster, Config
 from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.executor import Permit, always, process_environment
-from selfguide_ray.failures import clear, note, noted
+from selfguide_ray.failures import caught, clear, note, noted
 from selfguide_ray.models import UNFINISHED, Pack, learn
 from selfguide_ray.pretraining import Recipe
 from selfguide_ray.run import Run
@@ -211,8 +211,9 @@ def worker(config: Config, number: int, works: ray.actor.ActorHandle) -> None:
 
     if told(lambda: ray.get(works.begin.remote(number, world, get_current_placement_group()))):
         learn(config, packs(), rank, world, torch.distributed.barrier if world > 1 else lambda: None)
-    elif rank == 0:  # to raise it would start the group once more
-        note(Run(config.run), "models", f"group-{number}", _stillborn(number))
+    elif rank == 0:
+        with caught():  # to raise anything would start the group once more, for ever where no note can be written
+            note(Run(config.run), "models", f"group-{number}", _stillborn(number))
 
 
 def _stillborn(number: int) -> SelfGuideError:

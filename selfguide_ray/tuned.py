@@ -5,6 +5,7 @@ from typing import Any
 
 from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.run import Run
+from selfguide_ray.storage import shown
 
 
 def weights(run: Run, model: str, student: dict[str, Any], stack: contextlib.ExitStack) -> str | None:
@@ -15,7 +16,7 @@ def weights(run: Run, model: str, student: dict[str, Any], stack: contextlib.Exi
     folder = f"models/{model}"
     told = run.get_json(f"{folder}/model.json")
     if told is None:
-        raise FileNotFoundError(f"{run.uri}/{folder}/model.json: the task has not been trained")
+        raise FileNotFoundError(f"{shown(run.uri, folder)}/model.json: the task has not been trained")
     if not told["trained"]:
         return None
     if told.get("weights") == "removed":

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import objects
 import pytest
 
 from selfguide_ray.schema import Example, Instance, Task
@@ -49,6 +50,7 @@ def cluster() -> Iterator[str]:
     """A local Ray cluster that lasts as long as the tests; jobs that they start find it through RAY_ADDRESS."""
     import ray
 
+    os.environ |= objects.ENVIRONMENT  # its processes have this one's environment, as it is now
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     address = ray.get_runtime_context().gcs_address
     before = os.environ.get("RAY_ADDRESS")

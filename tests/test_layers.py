@@ -21,7 +21,7 @@ TEXTS = ["prompts", "filters", "metrics", "similarity", "contamination"]
 # From the bottom up; a module imports from lower rows only. A row marked "apart" holds modules that never meet.
 LAYERS = [
     ("vocabulary", ["errors", "redaction", "embedded", "schema", "sections", "config", "config_file"]),
-    ("files", ["run", "student", "task_files", "failures", "lease", "status"]),
+    ("files", ["storage", "run", "student", "task_files", "failures", "lease", "status"]),
     ("tools", ["engine", *(f"engine.{name}" for name in ENGINE), *TEXTS, "reference", "votes"]),
     ("boards", ["standings", "significance", "suspects", "comparison", "charts"]),
     (

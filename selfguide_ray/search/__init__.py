@@ -14,6 +14,7 @@ from selfguide_ray.config_file import load
 from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.run import digest
 from selfguide_ray.sections import Section
+from selfguide_ray.storage import inside
 
 FIXED = ("run", "tasks", "predictions", "scores", "student", "cluster")  # what all points have alike
 
@@ -88,13 +89,13 @@ def baselines(search: Search, instances: str) -> Config:
 def final(search: Search, point: Point) -> Config:
     """A chosen point's run over the held-out instances."""
     predictions = point.config.predictions.model_copy(update={"instances": "held_out"})
-    return point.config.model_copy(update={"run": f"{search.run}/chosen/{point.name}", "predictions": predictions})
+    return point.config.model_copy(update={"run": inside(search.run, "chosen", point.name), "predictions": predictions})
 
 
 def _config(search: Search, folder: str, chosen: dict[str, Any], systems: list[str]) -> Config:
     given = search.settings | chosen
     ours = {
-        "run": f"{search.run}/{folder}",
+        "run": inside(search.run, folder),
         "predictions.systems": systems,
         "predictions.instances": "validation",
         "tasks.strict": False,

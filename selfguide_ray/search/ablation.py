@@ -16,6 +16,7 @@ from selfguide_ray.search import spelled
 from selfguide_ray.search.sharing import Sharing
 from selfguide_ray.sections import Section
 from selfguide_ray.stopping import Work
+from selfguide_ray.storage import inside
 
 BASE, TOLD = "base", "ablation.json"
 
@@ -47,13 +48,13 @@ def configs(ablation: Ablation) -> dict[str, list[Config]]:
     made: dict[str, list[Config]] = {}
     for name, changed in {BASE: {}, **ablation.variants}.items():
         for seed in ablation.seeds:
-            base = f"{ablation.run}/{BASE}-{seed}"
+            base = inside(ablation.run, f"{BASE}-{seed}")
             given = ablation.settings | {
                 k: v.replace("{base}", base) if isinstance(v, str) else v for k, v in changed.items()
             }
             # The prompted systems answer the same whatever is changed, so the base asks them for all.
             systems = {} if name == BASE else {"predictions.systems": ["selfguide"]}
-            given |= {"run": f"{ablation.run}/{name}-{seed}", "seed": seed, **systems}
+            given |= {"run": inside(ablation.run, f"{name}-{seed}"), "seed": seed, **systems}
             config = load(ablation.base, [f"{key}={spelled(value)}" for key, value in given.items()])
             made.setdefault(name, []).append(config)
     return made

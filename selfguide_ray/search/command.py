@@ -17,6 +17,7 @@ from selfguide_ray.search import Search, points
 from selfguide_ray.search.walk import Walk
 from selfguide_ray.standings import TUNED
 from selfguide_ray.stopping import Work
+from selfguide_ray.storage import shown
 
 REPORT, TOLD = "search.html", "search.json"
 
@@ -32,7 +33,7 @@ def search(arguments: Sequence[str]) -> int:
         run.put(TOLD, json.dumps(told, indent=1).encode() + b"\n")
         run.put(REPORT, page(told).encode())
     progress.out.print(table(told))
-    progress.out.print(f"report: {settings.run}/{REPORT}", soft_wrap=True, markup=False)
+    progress.out.print(f"report: {shown(settings.run, REPORT)}", soft_wrap=True, markup=False)
     left = walk.sharing.left()
     tell_left(left)
     return 1 if left else 0
