@@ -191,7 +191,7 @@ def check_task_name(name: str) -> str:
     """The name itself, once it is safe as a file name (design, invariant 7)."""
     if not TASK_NAME.fullmatch(name):
         raise SelfGuideError(
-            f"{name!r} cannot be a task's name.",
+            f"{name[:240]!r} cannot be a task's name.",
             "A task's name becomes a folder: up to 200 letters, digits, '.', '_' and '-', the first a letter or digit.",
             "Rename the task's file.",
         )
