@@ -16,6 +16,7 @@ MARKED = 60  # a row of dots with more tasks shows their middle half instead of 
 CLIPPED = 800  # characters shown of a text
 TONES = 8  # colours of drop reasons in the template
 
+
 def number(value: float | None) -> str:
     """One decimal, as scores are told."""
     return "–" if value is None else f"{value:.1f}"

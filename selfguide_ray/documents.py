@@ -109,7 +109,9 @@ def _keys_once(node: yaml.MappingNode) -> None:
     for key, _ in node.value:
         if isinstance(key, yaml.ScalarNode):
             if (key.tag, key.value) in seen:
-                raise ValueError(f"the key {shown(key.value)} stands twice in a mapping, line {key.start_mark.line + 1}")
+                raise ValueError(
+                    f"the key {shown(key.value)} stands twice in a mapping, line {key.start_mark.line + 1}"
+                )
             seen.add((key.tag, key.value))
 
 

@@ -57,6 +57,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Token ids; special tokens written in the text become their ids, none is added."""
 
+    def special_spans(self, text: str) -> list[tuple[int, int]]:
+        """Where `encode` sees special tokens in a text: from and to which character, in any order."""
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids, special tokens left out."""
 

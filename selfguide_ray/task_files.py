@@ -24,7 +24,7 @@ from selfguide_ray.schema import Example, Instance, Task, check_task_name
 
 SUFFIXES = (".json", ".yaml", ".yml")
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
-MAX_FILE_BYTES = 1 << 28  # the largest official file has a tenth of it
+MAX_FILE_BYTES = 1 << 28  # files of the suite have a megabyte, and whole ones tens of them
 UNPACKERS: dict[bytes, Callable[[Path], IO[bytes]]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 
 # The official metric of the twelve evaluation categories (Wang et al. 2022; upstream's eval/leaderboard).
@@ -230,7 +230,9 @@ class Reader:
         unknown = [key for key in document if key not in OWN_KEYS]
         if unknown:
             self._refuse(
-                f"{shown(unknown[0])} is not a key of a task", f"The keys are {', '.join(OWN_KEYS)}", "Rename or drop it"
+                f"{shown(unknown[0])} is not a key of a task",
+                f"The keys are {', '.join(OWN_KEYS)}",
+                "Rename or drop it",
             )
         labels = tuple(label.strip() for label in self._strings(document.get("labels") or [], "labels"))
         if len(labels) == 1 or len(set(labels)) < len(labels):
