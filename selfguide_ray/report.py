@@ -77,7 +77,7 @@ def write_report(run: Run, config: Config) -> str:
         settings=settings(config),
         costs=costs(run, models),
         failures=failures(run),
-        refused=(run.get_json(PLAN) or {}).get("refused", []),
+        refused=(run.get_json(PLAN, dict) or {}).get("refused", []),
     )
     run.put("report.html", text.encode())
     return f"{run.uri.rstrip('/')}/report.html"

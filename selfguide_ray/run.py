@@ -26,6 +26,7 @@ from selfguide_ray.redaction import agrees, redacted_values
 from selfguide_ray.schema import TABLES
 
 RECEIPT = b"selfguide_receipt"
+PLACE = b"selfguide_place"  # table/shard, so that a file which was put elsewhere is known
 TEMPORARY = ".tmp-"  # readers of Parquet folders pass over names with a leading dot
 PLAN = "tasks/_plan.json"  # written last of the table `tasks`: the plan is complete
 SETTINGS = "_settings.json"  # and over those with a leading underscore
@@ -82,9 +83,13 @@ class Run:
         return [shard for shard in self.shards("tasks") if shard not in done]
 
     def read(self, table: str, shard: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """A shard's rows."""
-        with self.fs.open_input_file(self._path(table, f"{shard}.parquet")) as file:
-            return pq.read_table(file, columns=list(columns) if columns is not None else None)
+        """A shard's rows. Raises SelfGuideError if the file is damaged."""
+        with self._whole(f"{table}/{shard}.parquet") as file:
+            parquet = pq.ParquetFile(file, page_checksum_verification=True)
+            _check_schema(parquet.schema_arrow, table, shard)
+            rows = parquet.read(list(columns) if columns is not None else None)
+            rows.validate(full=True)
+            return rows
 
     def read_all(self, table: str, columns: Sequence[str] | None = None) -> pa.Table:
         """All rows of a table, shards in order."""
@@ -99,15 +104,38 @@ class Run:
 
         Raises pa.ArrowInvalid or ValueError if the rows do not fit the table's schema.
         """
-        schema = TABLES[table].with_metadata({RECEIPT: json.dumps(receipt).encode()})
+        schema = TABLES[table].with_metadata(
+            {RECEIPT: json.dumps(receipt).encode(), PLACE: f"{table}/{shard}".encode()}
+        )
         buffer = pa.BufferOutputStream()
-        pq.write_table(rows.cast(schema), buffer, compression="zstd")
+        pq.write_table(rows.cast(schema), buffer, compression="zstd", write_page_checksum=True)
         return self.put(f"{table}/{shard}.parquet", buffer.getvalue(), replace=False)
 
     def receipt(self, table: str, shard: str) -> dict[str, Any]:
-        """What it took to make a shard."""
-        with self.fs.open_input_file(self._path(table, f"{shard}.parquet")) as file:
-            return json.loads((pq.read_schema(file).metadata or {}).get(RECEIPT, b"{}"))
+        """What it took to make a shard. Raises SelfGuideError if the file is damaged."""
+        with self._whole(f"{table}/{shard}.parquet") as file:
+            found = json.loads((pq.read_schema(file).metadata or {}).get(RECEIPT, b"{}"))
+            if not isinstance(found, dict):
+                raise ValueError("its receipt is no mapping")
+            return found
+
+    @contextlib.contextmanager
+    def _whole(self, relative: str) -> Iterator[pa.NativeFile]:
+        """An open file; what cannot be made sense of in it ends in a SelfGuideError. One that is absent stays absent."""
+        try:
+            with self.fs.open_input_file(self._path(relative)) as file:
+                yield file
+        except FileNotFoundError:
+            raise
+        except (pa.ArrowException, OSError, ValueError, LookupError, TypeError, MemoryError) as error:
+            raise self._damaged(relative, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+
+    def _damaged(self, relative: str, reason: str) -> SelfGuideError:
+        return SelfGuideError(
+            f"{self.uri}/{relative} cannot be read: {reason}.",
+            "The file is torn or damaged, or its storage failed.",
+            "If the storage is well, delete the file and start the run again: it is made anew.",
+        )
 
     # --- models: the one table whose unit is the task --------------------------------------------------------------
 
@@ -198,10 +226,18 @@ class Run:
         with self.fs.open_input_file(self._path(relative)) as file:
             return file.read()
 
-    def get_json(self, relative: str) -> Any:
-        """A JSON file's content, None if it is absent."""
+    def get_json(self, relative: str, kind: type = object) -> Any:
+        """A JSON file's content, None if it is absent. Raises SelfGuideError if it is damaged, or of another kind."""
         data = self.get(relative)
-        return None if data is None else json.loads(data)
+        if data is None:
+            return None
+        try:
+            found = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise self._damaged(relative, f"{' '.join(str(error).split())[:300]}") from error
+        if not isinstance(found, kind):
+            raise self._damaged(relative, f"it holds a {type(found).__name__}, and a {kind.__name__} is wanted")
+        return found
 
     def exists(self, relative: str = "") -> bool:
         """Whether a file or folder is there."""
@@ -241,7 +277,7 @@ class Run:
         """
         wanted = {table: made_by(table, config, student) for table in READS}
         for table, settings in wanted.items():
-            found = self.get_json(f"{table}/{SETTINGS}")
+            found = self.get_json(f"{table}/{SETTINGS}", dict)
             if found is not None and not agrees(found, settings):
                 self._refuse(table, found, settings)
         return wanted
@@ -265,6 +301,21 @@ class Run:
             "Rows of two settings in one table could not be told apart.",
             f"Restore the setting, choose another run=DIR, or delete {', '.join(later)} in {self.uri} to make them again.",
         )
+
+
+def _check_schema(found: pa.Schema, table: str, shard: str) -> None:
+    """Raises TypeError for another table's columns. Another version's has columns too few, or too many, but not both."""
+    wanted, place = TABLES[table], f"{table}/{shard}".encode()
+    if (told := (found.metadata or {}).get(PLACE, place)) != place:
+        raise TypeError(f"it was written as {told[:80].decode(errors='replace')}")
+    new, lacking = ([n for n in one.names if n not in other.names] for one, other in ((found, wanted), (wanted, found)))
+    if new and lacking:
+        raise TypeError(f"it has the column {new[0][:80]}, and {lacking[0]} is wanted")
+    for field in found:
+        if field.name in wanted.names and field.type != wanted.field(field.name).type:
+            raise TypeError(
+                f"its column {field.name} holds {field.type}, and {wanted.field(field.name).type} is wanted"
+            )
 
 
 def made_by(table: str, config: Config, student: dict[str, Any]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def plan(run: Run, config: Config, student: dict[str, Any]) -> dict[str, Any]:
     Raises SelfGuideError before anything is written if the folder was made by other settings, no task is left, or under
     tasks.strict any file is broken.
     """
-    done = run.get_json(PLAN)
+    done = run.get_json(PLAN, dict)
     if done is not None:
         run.claim(config, student)
         return done
