@@ -10,19 +10,11 @@ import jinja2
 import numpy as np
 from markupsafe import Markup, escape
 
+from selfguide_ray.visible import visible
+
 MARKED = 60  # a row of dots with more tasks shows their middle half instead of each
 CLIPPED = 800  # characters shown of a text
 TONES = 8  # colours of drop reasons in the template
-
-# Characters that no eye can see, or that reorder their surroundings, are spelled out.
-UNSEEN = (*range(0x7F, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFEFF, 0xFFFE, 0xFFFF)
-VISIBLE = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"}
-VISIBLE |= {code: f"[U+{code:04X}]" for code in UNSEEN}
-
-
-def visible(value: Any) -> Any:
-    """Text with its invisible characters spelled out; anything else as it is."""
-    return value.translate(VISIBLE) if isinstance(value, str) else value
 
 
 def number(value: float | None) -> str:

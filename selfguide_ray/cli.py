@@ -6,11 +6,13 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from selfguide_ray import __version__, comparison
 from selfguide_ray.config_file import fields, load
 from selfguide_ray.method import SELFGUIDE, guarded, perform
 from selfguide_ray.progress import out
+from selfguide_ray.progress import plain as shown
 from selfguide_ray.report import headline
 from selfguide_ray.run import Run
 from selfguide_ray.status import progress_of
@@ -161,16 +163,15 @@ def status(
         if as_json:
             typer.echo(json.dumps(told))
             return 0
-        table = Table(
-            "table", "done", "rows", "kept", "seconds", "generated tokens", title=folder, title_justify="left"
-        )
+        title = Text(shown(folder), "italic")
+        table = Table("table", "done", "rows", "kept", "seconds", "generated tokens", title=title, title_justify="left")
         for name, figures in told["tables"].items():
             of = f"{figures['done']}/{figures['of']}"
             counts = (figures[key] for key in ("rows", "kept", "seconds", "generated_tokens"))
             table.add_row(name, of, *(f"{count:,.0f}" if count else "" for count in counts))
         out.print(table)
         for what in told["left_behind"]:
-            out.print(f"left behind: {what}", markup=False, style="red")
+            out.print(f"left behind: {shown(what)}", markup=False, style="red")
         return 0
 
     raise typer.Exit(guarded(show))

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from selfguide_ray.documents import check_setting, read_json
 from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.redaction import redacted
 from selfguide_ray.sections import PerFamily, Section, per_family
@@ -433,7 +434,8 @@ def _json_object(path: Path, name: str) -> dict[str, Any]:
     """The content of a JSON file that a setting names: the run depends on it, not on the file."""
     instead = "Give a JSON file of DeepSpeed's, or the keys themselves."
     try:
-        found = json.loads(path.expanduser().read_text(encoding="utf-8"))
+        found = read_json(path.expanduser().read_text(encoding="utf-8"))
+        check_setting(found)
     except OSError as error:
         raise SelfGuideError(f"{name}: {path} cannot be read.", f"{error.strerror}.", instead) from error
     except ValueError as error:  # no JSON, or no UTF-8

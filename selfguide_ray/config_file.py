@@ -9,6 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from selfguide_ray.config import Config
+from selfguide_ray.documents import check_setting, read_yaml, shown
 from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.sections import PerFamily, Section
 
@@ -65,8 +66,9 @@ def _read(path: Path) -> dict[str, Any]:
             "Give a file, such as configs/quickstart.yaml.",
         )
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: also bad UTF-8 and impossible dates
+        document = read_yaml(path.read_text(encoding="utf-8-sig"))
+        check_setting(document)
+    except (ValueError, OSError) as error:  # ValueError: also bad UTF-8 and impossible dates
         raise SelfGuideError(
             f"{path}: cannot be parsed: {' '.join(str(error).split())}.",
             "Settings are YAML in UTF-8.",
@@ -87,14 +89,21 @@ def _assignment(override: str) -> tuple[list[str], Any]:
     name, equals, text = override.partition("=")
     if not equals or not name.strip():
         raise SelfGuideError(
-            f"command line: {override!r} is not an override.",
+            f"command line: {shown(override)} is not an override.",
             "Overrides have the form section.key=value.",
             "For example inputs.rounds=4.",
         )
     try:
-        return name.strip().split("."), yaml.safe_load(text) if text else ""
-    except (yaml.YAMLError, ValueError):
-        return name.strip().split("."), text  # a bare string such as !task1*, a: b or 2024-31-12
+        value = read_yaml(text) if text else ""
+    except ValueError:
+        value = text  # a bare string such as !task1*, a: b or 2024-31-12
+    try:
+        check_setting([name, value])
+    except ValueError as error:
+        raise SelfGuideError(
+            f"command line: {shown(override)} is not an override.", f"{error}.", "For example inputs.rounds=4."
+        ) from error
+    return name.strip().split("."), value
 
 
 def _assign(document: dict[str, Any], keys: list[str], value: Any) -> None:
@@ -131,4 +140,4 @@ def _explain(error: ValidationError, path: str, given: set[str], kind: type[Sect
             f"{origin}: {name} is not a setting.{rest}", "An unknown key would be ignored silently.", instead
         )
     meaning = f"{name}: {table[name]}" if name in table else listed
-    return SelfGuideError(f"{origin}: {name} is {first['input']!r}.{rest}", f"{first['msg']}.", meaning)
+    return SelfGuideError(f"{origin}: {name} is {shown(first['input'])}.{rest}", f"{first['msg']}.", meaning)

@@ -258,7 +258,7 @@ def trained_tokens(run: Run) -> tuple[int, float]:
     tokens = {model_of(row["task"], row["system"]): row["tokens_sum"] for row in sums.to_pylist()}
     total, seconds = 0, 0.0
     for model in run.trained():
-        told = run.get_json(f"models/{model}/model.json")
+        told = run.get_json(f"models/{model}/model.json", dict)
         if told["trained"]:
             share = 1 - told["settings"]["validation"]
             total += round(tokens.get(model, 0) * len(told["losses"]) * share)

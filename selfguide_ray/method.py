@@ -22,7 +22,6 @@ from selfguide_ray.failures import caught
 from selfguide_ray.inputs import Inputs
 from selfguide_ray.outputs import Outputs
 from selfguide_ray.predictions import Predictions
-from selfguide_ray.redaction import redacted
 from selfguide_ray.report import headline, write_report
 from selfguide_ray.run import Run, model_of
 from selfguide_ray.scores import Scores
@@ -65,7 +64,7 @@ def plan(job: Job) -> None:
         job.run.sweep()
     job.config = located(job.config)
     progress.event("plan", run=job.run.uri, **{k: v for k, v in job.planned.items() if k != "refused"})
-    progress.say(f"[bold]{job.run.uri}[/bold]: {job.planned['tasks']} tasks in {job.planned['shards']} shards")
+    progress.say(f": {job.planned['tasks']} tasks in {job.planned['shards']} shards", lead=job.run.uri)
 
 
 def _check_guide(config: Config) -> None:
@@ -179,7 +178,7 @@ def report(job: Job) -> None:
     path = write_report(job.run, job.config)
     progress.event("report", path=path)
     progress.out.print(headline(job.run))
-    progress.out.print(f"report: {redacted(path)}", soft_wrap=True, markup=False)
+    progress.out.print(f"report: {progress.plain(path)}", soft_wrap=True, markup=False)
 
 
 SELFGUIDE: tuple[Step, ...] = (plan, synthesize, train_and_evaluate, report)
@@ -230,7 +229,7 @@ def tell_left(left: Sequence[str]) -> None:
     """Say what was left behind."""
     for what in left:
         progress.event("left_behind", what=what)
-        progress.say(f"[red]left behind[/red] {what}")
+        progress.say(f" {what}", lead="left behind", style="red")
 
 
 def main(usage: str | None, steps: Sequence[Step]) -> None:
@@ -260,11 +259,11 @@ def guarded(action: Callable[[], int]) -> int:
         print("stopped: what is finished is kept, and the same command goes on from there", file=sys.stderr)
         return 130
     if isinstance(ended.error, SelfGuideError):
-        print(redacted(f"error: {ended.error}"), file=sys.stderr)
+        print(progress.plain(f"error: {ended.error}"), file=sys.stderr)
         return 2
-    print(redacted("".join(traceback.format_exception(ended.error))), end="", file=sys.stderr)
+    print(progress.plain("".join(traceback.format_exception(ended.error))), end="", file=sys.stderr)
     if type(ended.error) in (OSError, PermissionError):  # others of their kind are of other services
-        print(redacted(f"error: {_failed_storage(ended.error)}"), file=sys.stderr)
+        print(progress.plain(f"error: {_failed_storage(ended.error)}"), file=sys.stderr)
     return 1
 
 

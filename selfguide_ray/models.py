@@ -202,7 +202,7 @@ def publish_untrained(run: Run, task: str) -> None:
 def discard(run: Run, tasks: Iterable[str]) -> None:
     """Remove the weights of tasks whose predictions are made; `model.json` stays, and says that they have gone."""
     for task in tasks:
-        told = run.get_json(f"models/{task}/{MODEL}")
+        told = run.get_json(f"models/{task}/{MODEL}", dict)
         if told is None or not told["trained"] or told.get("weights") == "removed":
             continue
         run.put(f"models/{task}/{MODEL}", _lines(told | {"weights": "removed"}))
@@ -213,7 +213,7 @@ def discard(run: Run, tasks: Iterable[str]) -> None:
 
 def receipt(run: Run, task: str) -> dict[str, Any]:
     """A finished task as the other tables' receipts look."""
-    told = run.get_json(f"models/{task}/{MODEL}")
+    told = run.get_json(f"models/{task}/{MODEL}", dict)
     kept = told["pairs"] if told["trained"] else 0
     return {"table": "models", "shard": task, "rows": told["pairs"], "kept": kept, "seconds": told.get("seconds", 0.0)}
 

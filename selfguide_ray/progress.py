@@ -11,8 +11,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from selfguide_ray.redaction import redacted
+from selfguide_ray.visible import visible
 
 console = Console(stderr=True)
 out = Console(width=None if sys.stdout.isatty() else 140)
@@ -26,10 +28,15 @@ def event(name: str, **fields: Any) -> None:
         sys.stderr.flush()
 
 
-def say(text: str) -> None:
-    """A line for people, in a terminal only."""
+def say(text: str, lead: str = "", style: str = "bold") -> None:
+    """A line for people, in a terminal only; `lead` comes first, in the style. Nothing in either is markup."""
     if console.is_terminal:
-        console.print(redacted(text), highlight=False)
+        console.print(Text.assemble((plain(lead), style), plain(text)), highlight=False)
+
+
+def plain(text: str) -> str:
+    """Text that may be shown: without secrets, and without what steers a terminal."""
+    return visible(redacted(text))
 
 
 def follow(

@@ -13,6 +13,7 @@ from typing import Literal
 
 from selfguide_ray.engine import SamplingParams
 from selfguide_ray.schema import ITEM, Example, Task, Tokenizer
+from selfguide_ray.voices import escaped, role_words
 
 PREAMBLE = "You carry out one fixed text task. Answer each item with the bare result and nothing else."
 ACKNOWLEDGEMENT = "Understood."
@@ -41,6 +42,8 @@ class Prompts:
         # Where a student has no end of turn of its own, its next turn is cut off (decision on bug B24).
         self.answer_stops = () if self.has_chat else ("\nUSER:", "\nASSISTANT:")
         self.item_stops = () if self.has_chat else ("\nITEM:", "\n###", *self.answer_stops)
+        # What names a speaker without being a special token; in plain text that is a word at the start of a line.
+        self.role_words = role_words(tokenizer) if self.has_chat else self.answer_stops
         self.lead = "" if self.has_chat else " "  # what stands between the header and an answer
 
     @classmethod
@@ -108,11 +111,8 @@ class Prompts:
         return Prompt(text, ids, examples, len(ids) > self.max_tokens)
 
     def _escaped(self, text: str) -> str:
-        """Data cannot speak in the format's voice: a special token inside it is broken up, or if it is one character dropped."""
-        for token in self.tokenizer.special_tokens:
-            if token in text:
-                text = text.replace(token, f"{token[0]} {token[1:]}" if len(token) > 1 else " ")
-        return text
+        """Data cannot speak in the format's voice."""
+        return escaped(text, self.tokenizer, self.role_words)
 
 
 def answering_messages(instruction: str, examples: Sequence[Example], text: str) -> list[dict[str, str]]:

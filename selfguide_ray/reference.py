@@ -121,7 +121,7 @@ class HeaderAndNewline(Prompts):
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        self.lead, self.answer_stops, self.item_stops = "", (), ()
+        self.lead, self.answer_stops, self.item_stops, self.role_words = "", (), (), ()
 
     def headed(self, text: str) -> str:
         """The header and a newline, which some chat formats have there anyway."""

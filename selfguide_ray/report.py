@@ -78,7 +78,7 @@ def write_report(run: Run, config: Config) -> str:
         settings=settings(config),
         costs=costs(run, models),
         failures=failures(run),
-        refused=(run.get_json(PLAN) or {}).get("refused", []),
+        refused=(run.get_json(PLAN, dict) or {}).get("refused", []),
     )
     run.put("report.html", text.encode())
     return shown(run.uri, "report.html")

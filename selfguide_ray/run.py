@@ -28,11 +28,12 @@ from selfguide_ray.storage import opened, publish_whole, shown
 
 T = TypeVar("T")
 
+UNREADABLE = (pa.ArrowException, OSError, ValueError, LookupError, TypeError, MemoryError)  # what damage ends in
 RECEIPT = b"selfguide_receipt"
+PLACE = b"selfguide_place"  # table/shard, so that a file which was put elsewhere is known
 TEMPORARY = ".tmp-"  # readers of Parquet folders pass over names with a leading dot
 PLAN = "tasks/_plan.json"  # written last of the table `tasks`: the plan is complete
 SETTINGS = "_settings.json"  # and over those with a leading underscore
-VERIFIED = {"page_checksum_verification": True}
 
 # What each folder is made from; its settings are its own section, the student where that speaks, and those below it.
 READS: dict[str, tuple[str, ...]] = {
@@ -82,9 +83,17 @@ class Run:
         return [shard for shard in self.shards("tasks") if shard not in done]
 
     def read(self, table: str, shard: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """A shard's rows; raises SelfGuideError if somebody has damaged its file."""
+        """A shard's rows. Raises SelfGuideError if the file is damaged."""
         names = list(columns) if columns is not None else None
-        return self._parsed(table, shard, lambda file: pq.read_table(file, columns=names, **VERIFIED))
+
+        def rows(file: pa.NativeFile) -> pa.Table:
+            parquet = pq.ParquetFile(file, page_checksum_verification=True)
+            _check_schema(parquet.schema_arrow, table, shard)
+            found = parquet.read(names)
+            found.validate(full=True)
+            return found
+
+        return self._parsed(f"{table}/{shard}.parquet", rows)
 
     def read_all(self, table: str, columns: Sequence[str] | None = None) -> pa.Table:
         """All rows of a table, shards in order."""
@@ -99,35 +108,45 @@ class Run:
 
         Raises pa.ArrowInvalid or ValueError if the rows do not fit the table's schema.
         """
-        schema = TABLES[table].with_metadata({RECEIPT: json.dumps(receipt).encode()})
+        schema = TABLES[table].with_metadata(
+            {RECEIPT: json.dumps(receipt).encode(), PLACE: f"{table}/{shard}".encode()}
+        )
         buffer = pa.BufferOutputStream()
         pq.write_table(rows.cast(schema), buffer, compression="zstd", write_page_checksum=True)
         return self.put(f"{table}/{shard}.parquet", buffer.getvalue(), replace=False)
 
     def receipt(self, table: str, shard: str) -> dict[str, Any]:
-        """What it took to make a shard."""
-        return self._parsed(
-            table, shard, lambda file: json.loads((pq.read_schema(file).metadata or {}).get(RECEIPT, b"{}"))
-        )
+        """What it took to make a shard. Raises SelfGuideError if the file is damaged."""
 
-    def _parsed(self, table: str, shard: str, parse: Callable[[pa.NativeFile], T]) -> T:
-        name = f"{table}/{shard}.parquet"
+        def told(file: pa.NativeFile) -> dict[str, Any]:
+            found = json.loads((pq.read_schema(file).metadata or {}).get(RECEIPT, b"{}"))
+            if not isinstance(found, dict):
+                raise ValueError("its receipt is no mapping")
+            return found
+
+        return self._parsed(f"{table}/{shard}.parquet", told)
+
+    def _parsed(self, relative: str, parse: Callable[[pa.NativeFile], T]) -> T:
+        """What a file holds; what cannot be made sense of ends in a SelfGuideError, a store that fails in its own error."""
         try:
-            with self.fs.open_input_file(self._path(name)) as file:
+            with self.fs.open_input_file(self._path(relative)) as file:
                 return parse(file)
         except FileNotFoundError:
             raise
-        except (pa.ArrowException, OSError, ValueError):
-            data = self.get(name)  # which fails too if it is the store, and not the file
+        except UNREADABLE:
+            data = self.get(relative)  # which fails too if it is the store, and not the file
         try:
             return parse(pa.BufferReader(data or b""))
-        except (pa.ArrowException, OSError, ValueError) as error:
-            plan = f" and {PLAN}" if table == "tasks" else ""
-            raise SelfGuideError(
-                f"{shown(self.uri, name)} is damaged.",
-                f"{' '.join(str(error).split())}.",
-                f"Delete it{plan}, and the same command makes it again.",
-            ) from error
+        except UNREADABLE as error:
+            raise self._damaged(relative, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+
+    def _damaged(self, relative: str, reason: str) -> SelfGuideError:
+        plan = f" and {PLAN}" if relative.startswith("tasks/") and relative != PLAN else ""
+        return SelfGuideError(
+            f"{shown(self.uri, relative)} is damaged.",
+            f"{reason}.",
+            f"Delete it{plan}, and the same command makes it again.",
+        )
 
     # --- models: the one table whose unit is the task --------------------------------------------------------------
 
@@ -225,10 +244,18 @@ class Run:
         with self.fs.open_input_file(self._path(relative)) as file:
             return file.read()
 
-    def get_json(self, relative: str) -> Any:
-        """A JSON file's content, None if it is absent."""
+    def get_json(self, relative: str, kind: type = object) -> Any:
+        """A JSON file's content, None if it is absent. Raises SelfGuideError if it is damaged, or of another kind."""
         data = self.get(relative)
-        return None if data is None else json.loads(data)
+        if data is None:
+            return None
+        try:
+            found = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise self._damaged(relative, f"{' '.join(str(error).split())[:300]}") from error
+        if not isinstance(found, kind):
+            raise self._damaged(relative, f"it holds a {type(found).__name__}, and a {kind.__name__} is wanted")
+        return found
 
     def exists(self, relative: str = "") -> bool:
         """Whether a file or folder is there."""
@@ -275,7 +302,7 @@ class Run:
         """
         wanted = {table: made_by(table, config, student) for table in READS}
         for table, settings in wanted.items():
-            found = self.get_json(f"{table}/{SETTINGS}")
+            found = self.get_json(f"{table}/{SETTINGS}", dict)
             if found is not None and not agrees(found, settings):
                 self._refuse(table, found, settings)
         return wanted
@@ -299,6 +326,21 @@ class Run:
             "Rows of two settings in one table could not be told apart.",
             f"Restore the setting, choose another run=DIR, or delete {', '.join(later)} in {shown(self.uri)} to make them again.",
         )
+
+
+def _check_schema(found: pa.Schema, table: str, shard: str) -> None:
+    """Raises TypeError for another table's columns. Another version's has columns too few, or too many, but not both."""
+    wanted, place = TABLES[table], f"{table}/{shard}".encode()
+    if (told := (found.metadata or {}).get(PLACE, place)) != place:
+        raise TypeError(f"it was written as {told[:80].decode(errors='replace')}")
+    new, lacking = ([n for n in one.names if n not in other.names] for one, other in ((found, wanted), (wanted, found)))
+    if new and lacking:
+        raise TypeError(f"it has the column {new[0][:80]}, and {lacking[0]} is wanted")
+    for field in found:
+        if field.name in wanted.names and field.type != wanted.field(field.name).type:
+            raise TypeError(
+                f"its column {field.name} holds {field.type}, and {wanted.field(field.name).type} is wanted"
+            )
 
 
 def made_by(table: str, config: Config, student: dict[str, Any]) -> dict[str, Any]:

@@ -57,6 +57,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Token ids; special tokens written in the text become their ids, none is added."""
 
+    def special_spans(self, text: str) -> list[tuple[int, int]]:
+        """Where `encode` sees special tokens in a text: from and to which character, in any order."""
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids, special tokens left out."""
 
@@ -191,7 +194,7 @@ def check_task_name(name: str) -> str:
     """The name itself, once it is safe as a file name (design, invariant 7)."""
     if not TASK_NAME.fullmatch(name):
         raise SelfGuideError(
-            f"{name!r} cannot be a task's name.",
+            f"{name[:240]!r} cannot be a task's name.",
             "A task's name becomes a folder: up to 200 letters, digits, '.', '_' and '-', the first a letter or digit.",
             "Rename the task's file.",
         )

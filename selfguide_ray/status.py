@@ -36,13 +36,15 @@ def progress_of(run: Run) -> dict[str, Any]:
 
 def left_behind(run: Run) -> list[str]:
     """What the run could not do: refused task files, and failures that stand."""
-    refused = (run.get_json(PLAN) or {}).get("refused", [])
+    refused = (run.get_json(PLAN, dict) or {}).get("refused", [])
     return [r["what"] for r in refused] + [f"{table}/{unit}: {line}" for table, unit, line in failures(run)]
 
 
 def _models(run: Run, shards: list[str]) -> dict[str, Any]:
-    told = [run.get_json(f"models/{model}/model.json") for model in run.trained()]
-    systems = (run.get_json(f"predictions/{SETTINGS}") or {"predictions": {"systems": []}})["predictions"]["systems"]
+    told = [run.get_json(f"models/{model}/model.json", dict) for model in run.trained()]
+    systems = (run.get_json(f"predictions/{SETTINGS}", dict) or {"predictions": {"systems": []}})["predictions"][
+        "systems"
+    ]
     each = max(1, len([system for system in systems if system in LEARNERS]))  # models of a task
     return {
         "done": len(told),

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,9 @@ class StudentTokenizer:
         self.bos: str = self.hf.bos_token if adds_bos else ""
         added = [token.content for token in self.hf.added_tokens_decoder.values() if token.special]
         self.special_tokens = tuple(dict.fromkeys([*self.hf.all_special_tokens, *added]))
+        self._special_ids = set(self.hf.convert_tokens_to_ids(list(self.special_tokens)))
+        self._normalizer = self.hf.backend_tokenizer.normalizer if self.hf.is_fast else None
+        self._marks = {*self.special_tokens, *map(self._normalized, self.special_tokens)} - {""}
 
     def eos_ids(self, named: int | list[int] | None) -> set[int]:
         """Tokens that end a text: the tokenizer's, and those that a model names besides."""
@@ -121,6 +125,23 @@ class StudentTokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids; special tokens in the text are parsed, none is added."""
         return self.hf.encode(text, add_special_tokens=False)
+
+    def special_spans(self, text: str) -> list[tuple[int, int]]:
+        """Where special tokens are parsed, also where only the normalised text has one (full-width letters under NFKC)."""
+        normalized = self._normalized(text)
+        if not any(mark in text or mark in normalized for mark in self._marks):
+            return []
+        if not self.hf.is_fast:
+            return [m.span() for mark in self._marks for m in re.finditer(re.escape(mark), text)]
+        read = self.hf(text, add_special_tokens=False, return_offsets_mapping=True)
+        return [
+            span
+            for token, span in zip(read["input_ids"], read["offset_mapping"], strict=True)
+            if token in self._special_ids
+        ]
+
+    def _normalized(self, text: str) -> str:
+        return text if self._normalizer is None else self._normalizer.normalize_str(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids without special tokens."""

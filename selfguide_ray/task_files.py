@@ -4,24 +4,28 @@ Every oddity of the official files that this module survives is listed in Wang e
 a rule: a bare `NaN`, two Definitions, instances without ids, labels with a final dot, text with NUL or U+2028.
 """
 
-import json
+import bz2
+import gzip
+import lzma
 import math
 import re
 import tarfile
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import yaml
-
+from selfguide_ray.documents import read_json, read_yaml, shown
 from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.schema import Example, Instance, Task, check_task_name
 
 SUFFIXES = (".json", ".yaml", ".yml")
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
-MAX_FILE_BYTES = 1 << 30  # an archive member larger than this is no task file
+MAX_FILE_BYTES = 1 << 28  # files of the suite have a megabyte, and whole ones tens of them
+UNPACKERS: dict[bytes, Callable[[Path], IO[bytes]]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 
 # The official metric of the twelve evaluation categories (Wang et al. 2022; upstream's eval/leaderboard).
 CATEGORY_METRICS = {
@@ -44,11 +48,15 @@ OWN_KEYS = ("instruction", "examples", "labels", "instances", "category", "metri
 
 @dataclass(frozen=True)
 class TaskFile:
-    """A file that should hold one task: the task's name, where it lies (for messages), and its bytes."""
+    """A file that should hold one task: the task's name, where it lies (for messages), and its bytes.
+
+    `refusal` says why there are none: the file is too large, or may not be read.
+    """
 
     name: str
     origin: str
     data: bytes
+    refusal: SelfGuideError | None = None
 
 
 def task_files(source: Path) -> Iterator[TaskFile]:
@@ -62,11 +70,11 @@ def task_files(source: Path) -> Iterator[TaskFile]:
     if source.is_dir():
         for path in sorted(source.iterdir()):
             if path.suffix in SUFFIXES and path.is_file() and not path.name.startswith("."):
-                yield TaskFile(path.name.removesuffix(path.suffix), str(path), path.read_bytes())
+                yield _task_file(path, str(path), path.stat().st_size, path.read_bytes)
     elif source.name.endswith(ARCHIVES):
         yield from _archive_files(source)
     elif source.suffix in SUFFIXES:
-        yield TaskFile(source.name.removesuffix(source.suffix), str(source), source.read_bytes())
+        yield _task_file(source, str(source), source.stat().st_size, source.read_bytes)
     else:
         raise SelfGuideError(
             f"tasks.source: {source} is neither a directory, an archive nor a task file.",
@@ -75,15 +83,57 @@ def task_files(source: Path) -> Iterator[TaskFile]:
         )
 
 
-def _archive_files(source: Path) -> Iterator[TaskFile]:
+def _task_file(path: Path, origin: str, size: int, read: Callable[[], bytes]) -> TaskFile:
+    """The file with its bytes, or with the reason why it has none."""
+    name, origin = path.name.removesuffix(path.suffix), origin.encode(errors="replace").decode()
+    if size > MAX_FILE_BYTES:
+        told = f"{origin}: has {size:,} bytes.", f"No task file has more than {MAX_FILE_BYTES:,}.", "Take it out."
+        return TaskFile(name, origin, b"", SelfGuideError(*told))
     try:
-        with tarfile.open(source, "r:*") as archive:
+        return TaskFile(name, origin, read())
+    except PermissionError as error:
+        told = f"{origin}: cannot be read.", f"{error.strerror}.", "Allow it, or take the file out of tasks.source."
+        return TaskFile(name, origin, b"", SelfGuideError(*told))
+
+
+class _Reads:
+    """An archive's bytes for tarfile, which by itself reads a name or header of any length that the archive tells."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.tell = file, file.tell
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= MAX_FILE_BYTES:
+            raise tarfile.ReadError(f"a part of {size:,} bytes")
+        return self.file.read(size)
+
+    def seek(self, place: int) -> int:
+        if place < 0:
+            raise tarfile.ReadError(f"a part at {place:,}")
+        return self.file.seek(place)
+
+
+def _opened(source: Path) -> IO[bytes]:
+    with source.open("rb") as file:
+        start = file.read(8)
+    return next((opener for mark, opener in UNPACKERS.items() if start.startswith(mark)), _plain)(source)
+
+
+def _plain(source: Path) -> IO[bytes]:
+    return source.open("rb")
+
+
+def _archive_files(source: Path) -> Iterator[TaskFile]:
+    """The archive's task files by their bare names; links and devices are passed over, and nothing is unpacked."""
+    try:
+        with _opened(source) as file, tarfile.open(fileobj=_Reads(file), mode="r:") as archive:
             for member in archive:  # streamed: the whole suite never lies in memory
                 path = Path(member.name)
-                handle = archive.extractfile(member) if member.isfile() and path.suffix in SUFFIXES else None
-                if handle is not None and member.size <= MAX_FILE_BYTES and not path.name.startswith("."):
-                    yield TaskFile(path.name.removesuffix(path.suffix), f"{source}:{member.name}", handle.read())
-    except (tarfile.TarError, EOFError, OSError) as error:
+                if member.isreg() and path.suffix in SUFFIXES and not path.name.startswith("."):
+                    handle = archive.extractfile(member)
+                    yield _task_file(path, f"{source}:{member.name}", member.size, handle.read)
+                archive.members = []  # tarfile keeps what it has passed
+    except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, zlib.error, lzma.LZMAError) as error:
         raise SelfGuideError(
             f"tasks.source: {source} cannot be read to its end: {error}.",
             "The archive is damaged or not a tar archive.",
@@ -96,6 +146,8 @@ def read_task(file: TaskFile) -> Task:
 
     Raises SelfGuideError for text that does not parse, an unknown schema, or a field of the wrong type.
     """
+    if file.refusal is not None:
+        raise file.refusal
     document = _parse(file)
     reader = Reader(file.origin, check_task_name(file.name))
     if "Definition" in document:
@@ -103,18 +155,24 @@ def read_task(file: TaskFile) -> Task:
     if "instruction" in document:
         return reader.own(document)
     raise SelfGuideError(
-        f"{file.origin}: not in a task schema we know; its keys are {', '.join(map(str, document)) or 'none'}.",
+        f"{file.origin}: not in a task schema we know; its keys are {_listed(document) or 'none'}.",
         "A Natural Instructions task has the key Definition, a task of your own has the key instruction.",
         "See 'Your own task' in the README, or take the file out of tasks.source.",
     )
+
+
+def _listed(document: dict[Any, Any]) -> str:
+    """The first keys, each cut where it is long."""
+    keys = [key if isinstance(key, str) and len(key) <= 80 else shown(key) for key in islice(document, 12)]
+    return ", ".join([*keys, *(["…"] if len(document) > len(keys) else [])]).encode(errors="replace").decode()
 
 
 def _parse(file: TaskFile) -> dict[str, Any]:
     try:
         text = file.data.decode("utf-8-sig")
         # Python's json takes the bare NaN that 99 official files hold; a YAML parser would be far slower on these.
-        document = json.loads(text) if file.origin.endswith(".json") else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError, RecursionError) as error:  # ValueError: also bad UTF-8 and impossible dates
+        document = read_json(text) if file.origin.endswith(".json") else read_yaml(text)
+    except ValueError as error:  # also bad UTF-8 and impossible dates
         reason = " ".join(str(error).split())
         raise SelfGuideError(
             f"{file.origin}: cannot be parsed: {reason}.",
@@ -146,7 +204,8 @@ class Reader:
             self._refuse("Definition is empty", "It is the instruction that the student follows", "Fill it in")
         # Two Definitions occur once (task288): upstream's reader takes the first. V1 keeps advice in fields of its own.
         advice = [document.get(key, "") for key in ("Emphasis & Caution", "Things to Avoid")]
-        instruction = "\n".join(t.strip() for t in (definition[0], *advice) if isinstance(t, str) and t.strip(" -\n"))
+        texts = (definition[0], *(self._string(t, "advice") for t in advice if isinstance(t, str)))
+        instruction = "\n".join(t.strip() for t in texts if t.strip(" -\n"))
         category = (self._strings(document.get("Categories", []), "Categories") or [""])[0]
         instances = self._instances(document.get("Instances", []), "Instances")
         labels = label_set(instances)
@@ -171,18 +230,20 @@ class Reader:
         unknown = [key for key in document if key not in OWN_KEYS]
         if unknown:
             self._refuse(
-                f"{unknown[0]!r} is not a key of a task", f"The keys are {', '.join(OWN_KEYS)}", "Rename or drop it"
+                f"{shown(unknown[0])} is not a key of a task",
+                f"The keys are {', '.join(OWN_KEYS)}",
+                "Rename or drop it",
             )
         labels = tuple(label.strip() for label in self._strings(document.get("labels") or [], "labels"))
         if len(labels) == 1 or len(set(labels)) < len(labels):
             self._refuse(
-                f"labels are {list(labels)}",
+                f"labels are {shown(list(labels))}",
                 "A classification task has two or more distinct labels",
                 "Correct the list",
             )
         metric = document.get("metric") or ("exact_match" if labels else "rouge_l")
         if metric not in ("exact_match", "rouge_l"):
-            self._refuse(f"metric is {metric!r}", "The metrics are exact_match and rouge_l", "Choose one of them")
+            self._refuse(f"metric is {shown(metric)}", "The metrics are exact_match and rouge_l", "Choose one of them")
         return Task(
             name=self.name,
             instruction=self._string(document["instruction"], "instruction").strip(),
@@ -245,7 +306,7 @@ class Reader:
     def _string(self, value: Any, key: str) -> str:
         if isinstance(value, bool | int | float):  # YAML reads yes, 3 and 1.5 as other things than text
             self._refuse(
-                f"{key} holds {value!r}, which is not text",
+                f"{key} holds {shown(value)}, which is not text",
                 "YAML reads bare yes, no and numbers as values",
                 "Put it in quotes",
             )

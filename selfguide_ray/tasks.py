@@ -40,7 +40,7 @@ def plan(run: Run, config: Config, student: dict[str, Any]) -> dict[str, Any]:
     Raises SelfGuideError before anything is written if the folder was made by other settings, no task is left, or under
     tasks.strict any file is broken.
     """
-    done = run.get_json(PLAN)
+    done = run.get_json(PLAN, dict)
     if done is not None:
         run.claim(config, student)
         return done
@@ -90,7 +90,7 @@ def selected(config: Config, refusals: list[Refusal]) -> Iterator[Task]:
             task = read_task(file)
             if wanted(task.name, task):
                 _check(task, file.origin, seen)
-                seen.add(task.name)
+                seen.add(task.name.casefold())
                 yield set_apart(task, task.name in official, config.tasks, config.seed)
         except SelfGuideError as error:
             if config.tasks.strict:
@@ -99,10 +99,10 @@ def selected(config: Config, refusals: list[Refusal]) -> Iterator[Task]:
 
 
 def _check(task: Task, origin: str, seen: set[str]) -> None:
-    if task.name in seen:
+    if task.name.casefold() in seen:
         raise SelfGuideError(
             f"{origin}: a second task named {task.name}.",
-            "A name is one folder of the run.",
+            "A name is one folder of the run, and on some disks case does not tell names apart.",
             "Rename one of the files.",
         )
     if len(task.examples) < MIN_EXAMPLES:

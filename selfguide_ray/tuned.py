@@ -14,7 +14,7 @@ def weights(run: Run, model: str, student: dict[str, Any], stack: contextlib.Exi
     Raises FileNotFoundError if the model is not there, SelfGuideError if its weights are not, or are another student's.
     """
     folder = f"models/{model}"
-    told = run.get_json(f"{folder}/model.json")
+    told = run.get_json(f"{folder}/model.json", dict)
     if told is None:
         raise FileNotFoundError(f"{shown(run.uri, folder)}/model.json: the task has not been trained")
     if not told["trained"]:

@@ -17,10 +17,13 @@ TUNING = [
     "pairs", "base", "last_layer", "layout", "adapter_stack", "side_by_side", "zero", "sharded_state", "data_parallel",
     "scripted",
 ]  # fmt: skip
-TEXTS = ["prompts", "filters", "metrics", "similarity", "contamination"]
+TEXTS = ["voices", "prompts", "filters", "metrics", "similarity", "contamination"]
 # From the bottom up; a module imports from lower rows only. A row marked "apart" holds modules that never meet.
 LAYERS = [
-    ("vocabulary", ["errors", "redaction", "embedded", "schema", "sections", "config", "config_file"]),
+    (
+        "vocabulary",
+        ["errors", "visible", "redaction", "documents", "embedded", "schema", "sections", "config", "config_file"],
+    ),
     ("files", ["storage", "run", "student", "task_files", "failures", "lease", "status"]),
     ("tools", ["engine", *(f"engine.{name}" for name in ENGINE), *TEXTS, "reference", "votes"]),
     ("boards", ["standings", "significance", "suspects", "comparison", "charts"]),

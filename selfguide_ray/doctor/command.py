@@ -11,6 +11,7 @@ from selfguide_ray.doctor import Check, Finding, Patient, installation, places, 
 from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.failures import caught
 from selfguide_ray.redaction import redacted
+from selfguide_ray.visible import visible
 
 CHECKS: tuple[Check, ...] = (
     Check("Python", installation.python),
@@ -50,7 +51,7 @@ def examine(config: Config, checks: Sequence[Check] = CHECKS) -> list[dict[str, 
         if any(finding.verdict == "wrong" for finding in findings):
             bad.add(check.name)
         for finding in findings:
-            texts = {name: redacted(text) for name, text in finding._asdict().items()}
+            texts = {name: visible(redacted(text)) for name, text in finding._asdict().items()}
             found.append({"check": check.name} | texts)
     return found
 

@@ -29,6 +29,10 @@ class ByteTokenizer:
         """Bytes."""
         return list(text.encode())
 
+    def special_spans(self, text: str) -> list[tuple[int, int]]:
+        """Where EOS stands."""
+        return [(place, place + len(token)) for token in self.special_tokens for place in _places(text, token)]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text, without EOS."""
         return bytes(ids).decode(errors="replace").replace(self.eos, "")
@@ -36,6 +40,10 @@ class ByteTokenizer:
     def chat(self, messages: list[dict[str, str]]) -> str | None:
         """None: prompts are plain text."""
         return None
+
+
+def _places(text: str, token: str) -> list[int]:
+    return [match.start() for match in re.finditer(re.escape(token), text)]
 
 
 class ScriptedEngine:

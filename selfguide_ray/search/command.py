@@ -8,6 +8,7 @@ from typing import Any
 
 import jinja2
 from rich.table import Table
+from rich.text import Text
 
 from selfguide_ray import progress
 from selfguide_ray.config_file import read
@@ -33,7 +34,7 @@ def search(arguments: Sequence[str]) -> int:
         run.put(TOLD, json.dumps(told, indent=1).encode() + b"\n")
         run.put(REPORT, page(told).encode())
     progress.out.print(table(told))
-    progress.out.print(f"report: {shown(settings.run, REPORT)}", soft_wrap=True, markup=False)
+    progress.out.print(f"report: {progress.plain(shown(settings.run, REPORT))}", soft_wrap=True, markup=False)
     left = walk.sharing.left()
     tell_left(left)
     return 1 if left else 0
@@ -43,7 +44,13 @@ def table(told: dict[str, Any]) -> Table:
     """The points, the best first."""
     made = Table("point", "scored", f"gain over {told['rival']}", "worst task", "", title="on validation instances")
     for row in ranked(told):
-        made.add_row(row["label"], str(row["scored"]), _points(row["gain"]), _points(row["worst"]), fate(row))
+        made.add_row(
+            Text(progress.plain(row["label"])),
+            str(row["scored"]),
+            _points(row["gain"]),
+            _points(row["worst"]),
+            fate(row),
+        )
     return made
 
 

@@ -40,7 +40,7 @@ class Sharing:
 
     def make(self, label: str, job: Job, shards: Sequence[str]) -> None:
         """Take a run through the shards, up to its scores."""
-        progress.say(f"[bold]{label}[/bold]")
+        progress.say("", lead=label)
         for table in list(READS)[1:]:
             self._take_over(job, table, shards)
         synthesize(job, shards)
