@@ -12,11 +12,22 @@ from typing import Any
 
 import yaml
 
+from selfguide_ray.redaction import redacted
+
 MAX_DEPTH = 64  # levels of lists and mappings; no task or setting has more than six
 MAX_REPEATED = 100_000  # values that aliases may add to those that stand in the text
+MAX_SHOWN = 2000  # characters of a value in an error
 MAX_BITS = 1 << 10  # of a whole number: far more than any setting holds, and few enough to be printed
 
-_shorter = reprlib.Repr()
+
+class _Shorter(reprlib.Repr):
+    """Cuts long values; half a secret is none that `redacted` would know, so it goes before the cut."""
+
+    def repr_str(self, value: str, level: int) -> str:
+        return super().repr_str(redacted(value), level)
+
+
+_shorter = _Shorter()
 _shorter.maxlevel, _shorter.maxdict, _shorter.maxlist, _shorter.maxtuple = 4, 24, 24, 24
 _shorter.maxstring, _shorter.maxother, _shorter.maxlong = 400, 400, 400
 
@@ -67,7 +78,8 @@ def check_setting(value: Any) -> None:
 
 def shown(value: Any) -> str:
     """`repr` of a value of any size and depth, cut where it is long."""
-    return _shorter.repr(value)
+    text = _shorter.repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -12,8 +12,19 @@ from pathlib import Path
 import yaml
 
 from selfguide_ray.config_file import fields
+from selfguide_ray.engine.scripted import ScriptedEngine
 from selfguide_ray.errors import SelfGuideError
+from selfguide_ray.inputs import Inputs
+from selfguide_ray.models import learn, packs, publish_untrained, untrained
+from selfguide_ray.outputs import Outputs
+from selfguide_ray.predictions import Predictions
+from selfguide_ray.report import write_report
+from selfguide_ray.run import Run
+from selfguide_ray.scores import Scores
+from selfguide_ray.student import facts
 from selfguide_ray.task_files import ARCHIVES
+from selfguide_ray.tasks import plan
+from selfguide_ray.trainset import Trainset
 
 FULL = os.environ.get("SELFGUIDE_FUZZ") == "full"
 SEED = int(os.environ.get("SELFGUIDE_FUZZ_SEED", "0"))
@@ -25,18 +36,18 @@ class Hung(BaseException):
 
 @contextlib.contextmanager
 def within(seconds):
-    """Raise Hung if the block takes longer."""
+    """Raise Hung if the block takes more seconds of processor time, which is the same however busy the machine is."""
 
     def stop(number, frame):
         raise Hung
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def tried(action, seconds=60):
@@ -313,3 +324,28 @@ def settings(rng):
         text = f"student:\n  vllm:\n    {rng.choice(BOMBS)}".replace("\n", "\n    ")
     data = text.encode("utf-8", "surrogatepass")
     return (damaged(rng, data) if rng.random() < 0.25 else data), overrides
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+def finish(config):
+    """A run from task files to the report, in this process, with the scripted student; (run, engine)."""
+    run, engine = Run(config.run), ScriptedEngine(config.student)
+    plan(run, config, facts(config.student))
+
+    def stages(*kinds):
+        for kind in kinds:
+            for shard in run.shards("tasks"):
+                stage = kind(config, run, engine)
+                rows = stage(*(run.read(t, shard, c) for t, c in stage.reads.items()))
+                run.write(stage.writes, shard, rows, {"rows": rows.num_rows, "kept": rows.num_rows, "seconds": 1.0})
+
+    stages(Inputs, Outputs, Trainset)
+    for task, work in untrained(run, config).items():
+        if not work.pairs:
+            publish_untrained(run, task)
+    learn(config, packs(run, config))
+    stages(Predictions, Scores)
+    write_report(run, config)
+    return run, engine

@@ -7,15 +7,13 @@ import shutil
 from collections import Counter
 
 import pytest
-from fuzzing import FULL, SEED, archive_of, damaged, settings, snapshot, task_file, tried, write_folder
+from fuzzing import FULL, SEED, archive_of, damaged, finish, settings, snapshot, task_file, tried, write_folder
 
 from selfguide_ray.config import Config
 from selfguide_ray.config_file import load
 from selfguide_ray.embedded import resolve
-from selfguide_ray.engine.scripted import ScriptedEngine
 from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.inputs import Inputs
-from selfguide_ray.models import learn, packs, publish_untrained, untrained
 from selfguide_ray.outputs import Outputs
 from selfguide_ray.planning import planning
 from selfguide_ray.predictions import Predictions
@@ -25,7 +23,6 @@ from selfguide_ray.run import READS, Run, made_by
 from selfguide_ray.schema import TABLES, tasks_of
 from selfguide_ray.scores import Scores
 from selfguide_ray.status import progress_of
-from selfguide_ray.student import facts
 from selfguide_ray.task_files import TaskFile, read_task, task_files
 from selfguide_ray.tasks import plan
 from selfguide_ray.trainset import Trainset
@@ -108,23 +105,7 @@ def finished(tmp_path_factory):
             "scores.bootstrap=20",
         ]
     )
-    run, engine = Run(config.run), ScriptedEngine(config.student)
-    plan(run, config, facts(config.student))
-
-    def stages(*kinds):
-        for kind in kinds:
-            for shard in run.shards("tasks"):
-                stage = kind(config, run, engine)
-                rows = stage(*(run.read(t, shard, c) for t, c in stage.reads.items()))
-                run.write(stage.writes, shard, rows, {"rows": rows.num_rows, "kept": rows.num_rows, "seconds": 1.0})
-
-    stages(Inputs, Outputs, Trainset)
-    for task, work in untrained(run, config).items():
-        if not work.pairs:
-            publish_untrained(run, task)
-    learn(config, packs(run, config))
-    stages(Predictions, Scores)
-    write_report(run, config)
+    run, engine = finish(config)
     return config, run, engine, folder
 
 
