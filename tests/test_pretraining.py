@@ -163,12 +163,23 @@ def test_names_from_the_texts_are_many_and_differ_within_a_task(make_task):
     names = {name for several in drawn for name in several.values()}
     assert {len(name.split()) for name in names} == {1, 2, 3}
     assert {"apple", "Apple", "APPLE", "apple.", "Fig Kiwi"} <= names
-    assert naming(make_task(labels=("A", "B")), rng) == {}
+    for labels in (("A", "B"), ("1", "2"), ("yes", "a (b)")):
+        assert naming(make_task(labels=labels), rng) == {}
+    several = make_task(labels=("main course", "non-veg", "snack."))
+    assert naming(several, rng).keys() == set(several.labels)
+    assert Naming()(several, rng) == {}
     examples = [(f"item number {i}", "odd" if i % 2 else "even") for i in range(80)]
     task = make_task("quiz", labels=("odd", "even"), examples=examples, instances=[])
     made = documents([task], seed=3, renamed=1.0, names="texts")
     answers = {turn["content"].lower().rstrip(".") for m in made if len(m) > 2 for turn in m[3::2]}
     assert {word for answer in answers for word in answer.split()} == {"item", "number"}
+
+
+def test_a_label_inside_another_keeps_out_of_it():
+    told = {"true": "fig", "not true": "Kiwi Pear", "fig": "plum."}
+    text = "Say Not true, TRUE or fig; untrue is no label."
+    assert substitute(text, told) == "Say Kiwi Pear, fig or plum.; untrue is no label."
+    assert substitute(text, {}) == text
 
 
 def test_a_bounded_corpus_takes_as_much_of_a_large_task_as_of_a_small_one(make_task):

@@ -195,8 +195,9 @@ class Naming:
         self.words = words
 
     def __call__(self, task: Task, rng: random.Random) -> dict[str, str]:
-        """A name for each label; none where a label is no plain word, since its items may quote it."""
-        if not all(re.fullmatch(r"[A-Za-z]{3,}\.?", label) for label in task.labels):
+        """A name for each label; none where a label is no plain word or words, since its items may quote it."""
+        plain = r"[A-Za-z]{3,}\.?" if self.words is None else r"[A-Za-z]{3,}([ /-][A-Za-z]{2,}){0,3}\.?"
+        if not all(re.fullmatch(plain, label) for label in task.labels):
             return {}
         return dict(zip(task.labels, self._draw(len(task.labels), rng), strict=True))
 
@@ -212,9 +213,12 @@ class Naming:
 
 def substitute(text: str, words: dict[str, str]) -> str:
     """The text with each whole word that is a key, in whatever case, replaced."""
-    for word, other in words.items():
-        text = re.sub(rf"(?<!\w){re.escape(word.rstrip('.'))}(?!\w)", other, text, flags=re.IGNORECASE)
-    return text
+    if not words:
+        return text
+    told = {word.rstrip(".").casefold(): other for word, other in words.items()}
+    longest_first = sorted(told, key=len, reverse=True)  # "not true" is no "true"
+    either = "|".join(re.escape(word) for word in longest_first)
+    return re.sub(rf"(?<!\w)(?:{either})(?!\w)", lambda found: told[found[0].casefold()], text, flags=re.IGNORECASE)
 
 
 def render(messages: Sequence[dict[str, str]]) -> str:
