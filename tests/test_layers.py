@@ -22,7 +22,7 @@ TEXTS = ["prompts", "filters", "metrics", "similarity", "contamination"]
 LAYERS = [
     ("vocabulary", ["errors", "redaction", "embedded", "schema", "sections", "config", "config_file"]),
     ("files", ["run", "student", "task_files", "failures", "status"]),
-    ("tools", ["engine", *(f"engine.{name}" for name in ENGINE), *TEXTS, "reference", "votes"]),
+    ("tools", ["engine", *(f"engine.{name}" for name in ENGINE), *TEXTS, "reference", "votes", "guarding"]),
     ("boards", ["standings", "significance", "suspects", "comparison", "charts"]),
     (
         "under the tables",
