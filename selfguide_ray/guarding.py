@@ -138,6 +138,8 @@ class Guard:
         self.mine = threading.local()  # the note and the calls so far of the shard that a thread makes
         self.in_hand: dict[int, Note] = {}  # by thread, those whose rows are in the engine
         self.proven = False  # whether the engine of this process has answered
+        self.watch = threading.Lock()
+        self.watching, self.given = False, 0  # whether a thread looks for progress; how often the engine was given rows
 
     @contextlib.contextmanager
     def making(self, table: str, shard: str) -> Iterator[None]:
@@ -168,29 +170,38 @@ class Guard:
         self.end(EXIT)
 
     @contextlib.contextmanager
-    def watched(self, note: Note, what: str, counters: Callable[[], Counters]) -> Iterator[None]:
+    def watched(self, note: Note, what: str, engine: Engine) -> Iterator[None]:
         """Note what the engine is given, and end the process if it makes no progress with it for `stall_seconds`."""
         note.take(what)
-        thread, done = threading.get_ident(), threading.Event()
-        self.in_hand[thread] = note
-        watcher = threading.Thread(target=self._watch, args=(done, counters, self.stall_seconds), daemon=True)
-        if self.stall_seconds is not None:
-            watcher.start()
+        thread = threading.get_ident()
+        with self.watch:
+            self.in_hand[thread] = note
+            self.given += 1
+            if self.stall_seconds is not None and not self.watching:
+                self.watching = True
+                threading.Thread(target=self._watch, args=(engine, self.stall_seconds), daemon=True).start()
         try:
             yield
         finally:
-            done.set()
-            del self.in_hand[thread]
+            with self.watch:
+                del self.in_hand[thread]
 
-    def _watch(self, done: threading.Event, counters: Callable[[], Counters], bound: float) -> None:
-        seen, since = counters().copy(), time.monotonic()
-        while not done.wait(min(5.0, bound / 4)):
-            now = counters().copy()
+    def _watch(self, engine: Engine, bound: float) -> None:
+        """Look now and then, until nothing is in hand."""
+        seen: tuple[Counters, int] | None = None
+        since = 0.0
+        while True:
+            now = engine.counters.copy(), self.given
             if now != seen:
                 seen, since = now, time.monotonic()
             elif time.monotonic() - since > bound:
                 self.stop("timed_out")
                 return
+            time.sleep(min(5.0, bound / 4))
+            with self.watch:
+                if not self.in_hand:
+                    self.watching = False
+                    return
 
 
 class Guarded:
@@ -246,7 +257,7 @@ class _Call:
                 return
             first = self.requests[0]
             harmless = Request((), (first.prefix + first.suffix)[:1], SamplingParams(max_new_tokens=1))
-            with self.guard.watched(self.note, HARMLESS, lambda: self.engine.counters), caught():
+            with self.guard.watched(self.note, HARMLESS, self.engine), caught():
                 self.engine.generate([harmless])
             self.guard.proven = True
             self.note.forget(HARMLESS)
@@ -278,7 +289,7 @@ class _Call:
             return
         with (
             self.guard.room.entered(alone, lambda: self.note.take(WAITING)),
-            self.guard.watched(self.note, f"{self.name}/{what}", lambda: self.engine.counters),
+            self.guard.watched(self.note, f"{self.name}/{what}", self.engine),
         ):
             self._halve(rows)
 
