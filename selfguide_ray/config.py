@@ -55,6 +55,8 @@ class Student(Section):
     """Further arguments of vLLM's engine, by name; engine: vllm."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
+    request_seconds: float | None = Field(None, gt=0)
+    """Longest that a row may decode; then it has no text and is timed_out. engine: transformers."""
 
     @model_validator(mode="after")
     def _on_disk(self) -> "Student":
@@ -73,6 +75,10 @@ class Cluster(Section):
     """CPUs, and so threads, of an engine."""
     gpus_per_engine: float = Field(0, ge=0)
     """GPUs of an engine."""
+    bad_rows: int = Field(8, ge=0)
+    """Rows of a table's shard that may kill the engine, hang it or make it fail; with more, the shard fails."""
+    stall_seconds: float | None = Field(1800, gt=0)
+    """An engine without progress for so long is started anew, and the row that hangs it is timed_out; null waits for ever."""
     groups: int = Field(1, ge=1)
     """Training groups, each a Ray Train run that walks its share of the tasks."""
     workers: int | tuple[int, int] = 1

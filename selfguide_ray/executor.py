@@ -24,11 +24,12 @@ from ray.util.annotations import RayDeprecationWarning
 from selfguide_ray.config import Config
 from selfguide_ray.engine import Completion, Counters, Engine, Request
 from selfguide_ray.failures import caught, clear, noted
+from selfguide_ray.guarding import Guard, Guarded
 from selfguide_ray.run import Run
 
 TOKENS = ("prompt_tokens", "cached_tokens", "generated_tokens")
 UNNOTED = "unnoted"
-RESTARTS = 3  # of an actor whose process dies; by default Ray would restart it for ever
+RESTARTS = -1  # of an actor whose process dies: without bound, machines may be lost and rows may kill it (`guarding`)
 
 
 def connect() -> None:
@@ -120,13 +121,14 @@ class ShardWorker:
     ) -> None:
         self.config, self.run, self.kinds, self.make_engine = config, Run(config.run), stages, make_engine
         self.permit = permit
+        self.guard = Guard(self.run, config.cluster.bad_rows, config.cluster.stall_seconds)
         self.made: dict[str, Stage] = {}
         self.starting = threading.Lock()
 
     @functools.cached_property
     def engine(self) -> Metered:
         """The engine, started with the first shard, so that a failure to start is noted like any other."""
-        return Metered(self.make_engine())
+        return Metered(Guarded(self.make_engine(), self.guard))
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
         """A batch of shard names → receipts as JSON; what failed without a note, since the run cannot be reached, is one."""
@@ -148,7 +150,7 @@ class ShardWorker:
             if not self.permit():
                 return
             receipt: dict[str, Any] = {"table": kind.writes, "shard": shard, "failed": True}
-            with noted(self.run, kind.writes, shard):
+            with noted(self.run, kind.writes, shard), self.guard.making(kind.writes, shard):
                 receipt = self._make(self._stage(kind), shard)
             yield receipt
             if receipt.get("failed"):

@@ -13,6 +13,7 @@ import pyarrow as pa
 from selfguide_ray import reference
 from selfguide_ray.config import Config
 from selfguide_ray.engine import Completion, Engine, Request, SamplingParams, share_prefix
+from selfguide_ray.engine import verdict as engine_verdict
 from selfguide_ray.filters import Rules, Seen, Verdict, clean, judge, length_bounds, noise_pattern, prefix_pattern
 from selfguide_ray.prompts import Prompt, Prompts
 from selfguide_ray.run import Run
@@ -147,7 +148,9 @@ class Pool:
                 self.survivors[row["label"]] += 1
 
     def _judge(self, completion: Completion) -> Verdict | None:
-        """The verdict that needs no further question: by the rules, as a duplicate, or by the perplexity."""
+        """The verdict that needs no further question: by the engine, the rules, as a duplicate, or by the perplexity."""
+        if (reason := engine_verdict([completion])) is not None:
+            return Verdict(reason)
         text, measured, bound = self.clean(completion.text), perplexity(completion), self.settings.max_perplexity
         verdict = self.judge(text, self.rules) or self.seen.judge(text)
         if verdict is None and bound is not None and measured is not None and measured > bound:

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 
 from selfguide_ray import reference
 from selfguide_ray.config import Config
-from selfguide_ray.engine import Engine, Request, SamplingParams, share_prefix
+from selfguide_ray.engine import Engine, Request, SamplingParams, share_prefix, verdict
 from selfguide_ray.prompts import held_to_labels
 from selfguide_ray.run import Run
 from selfguide_ray.schema import TABLES, TASK_COLUMNS, Task, row_seed, tasks_of
@@ -54,7 +54,9 @@ class Outputs:
             completions = iter(self.engine.generate(requests))
         for row in rows:
             if "drop_reason" not in row:
-                row["candidates"] = [candidate(completion) for completion in next(completions)]
+                answers = next(completions)
+                row["drop_reason"] = verdict(answers)
+                row["candidates"] = [] if row["drop_reason"] else [candidate(completion) for completion in answers]
         return pa.Table.from_pylist(rows, schema=TABLES["outputs"])
 
     def _ask(self, task: Task, rows: list[dict[str, Any]], guide: str | None) -> list[Request]:

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from selfguide_ray import reference
 from selfguide_ray.baselines import CHOICES, FLOORS, shown
 from selfguide_ray.config import Config
-from selfguide_ray.engine import Completion, Engine, Request, SamplingParams, share_prefix
+from selfguide_ray.engine import Completion, Engine, Request, SamplingParams, share_prefix, verdict
 from selfguide_ray.prompts import held_to_labels
 from selfguide_ray.run import Run, model_of
 from selfguide_ray.schema import TABLES, Example, Instance, Task, evaluated, row_seed, tasks_of
@@ -74,6 +74,9 @@ class Predictions:
             for (task, row), completions in zip(asked, self.engine.generate(requests), strict=True):
                 if row["system"] in CHOICES and task.name not in votes:
                     votes[task.name] = Votes(task, self.config.trainset, reference.RULES[self.config.method])
+                if (reason := verdict(completions)) is not None:  # answered by nothing, which is wrong
+                    row.update(prediction="", finish_reason=reason)
+                    continue
                 row.update(prediction=self._chosen(task, row["system"], completions, votes.get(task.name)))
                 row.update(finish_reason=completions[0].finish_reason)
         return pa.Table.from_pylist(rows, schema=TABLES["predictions"])

@@ -5,7 +5,7 @@ The check reads nothing but the task and the text, so a text has one answer, and
 
 from collections.abc import Iterable, Sequence
 
-from selfguide_ray.engine import Completion, Request, SamplingParams, share_prefix
+from selfguide_ray.engine import Completion, Request, SamplingParams, share_prefix, verdict
 from selfguide_ray.filters import Verdict, identity
 from selfguide_ray.prompts import Prompts
 from selfguide_ray.schema import Task, row_seed
@@ -16,7 +16,7 @@ ANSWERS = ("yes", "no")
 class Verification:
     """One task's checks. A text passes if the probability of yes, among yes and no, reaches `bound`.
 
-    A text whose check finds no room cannot be vouched for, and is `too_long`.
+    A text whose check finds no room, or kills the engine, cannot be vouched for, and bears that verdict.
     """
 
     def __init__(self, task: Task, prompts: Prompts, bound: float, seed: int) -> None:
@@ -47,11 +47,14 @@ class Verification:
     def hear(self, answers: Sequence[Completion]) -> None:
         """Take the answers to what was asked; one that the engine could not give is no yes."""
         for key, answer in zip(self.asked, answers, strict=True):
+            if (reason := verdict([answer])) is not None:
+                self.verdicts[key] = Verdict(reason)
+                continue
             yes = answer.label_probabilities[0] if answer.label_probabilities else None
             passed = yes is not None and yes >= self.bound
             self.verdicts[key] = None if passed else Verdict("unverified", yes, f"yes with at least {self.bound:g}")
         self.asked = []
 
     def judge(self, text: str) -> Verdict | None:
-        """`unverified` or `too_long`, None if the text passed; it has to have been asked about."""
+        """`unverified` or the engine's verdict, None if the text passed; it has to have been asked about."""
         return self.verdicts[identity(text)]

@@ -25,7 +25,7 @@ LAYERS = [
         ["errors", "visible", "redaction", "documents", "embedded", "schema", "sections", "config", "config_file"],
     ),
     ("files", ["storage", "run", "student", "task_files", "failures", "lease", "status"]),
-    ("tools", ["engine", *(f"engine.{name}" for name in ENGINE), *TEXTS, "reference", "votes"]),
+    ("tools", ["engine", *(f"engine.{name}" for name in ENGINE), *TEXTS, "reference", "votes", "guarding"]),
     ("boards", ["standings", "significance", "suspects", "comparison", "charts"]),
     (
         "under the tables",

@@ -59,8 +59,9 @@ class Completion:
     """One continuation: its text up to the stop, its tokens without EOS, and why it ended.
 
     finish_reason is `stop` (end of sequence, a stop string, a label's end), `length` (max_new_tokens or the context),
-    `too_long` (the prompt finds no room in the context or in the engine's memory: nothing was generated), or
-    `engine_error` (the engine failed at this request and not at others).
+    or, where there is no text, `too_long` (the prompt finds no room in the context or in the engine's memory),
+    `engine_error` (the engine failed at this request and not at others), `killed_engine` (its process died of it), or
+    `timed_out` (it took longer than it may).
     """
 
     text: str
@@ -75,6 +76,14 @@ class Completion:
     # of its tokens' shares among those that the labels left open.
     probability: float | None = None
     label_probabilities: tuple[float, ...] = ()  # of all labels, in order, summing to 1; of `score` alone
+
+
+VERDICTS = ("too_long", "engine_error", "killed_engine", "timed_out")  # finish reasons of rows without text
+
+
+def verdict(completions: Sequence[Completion]) -> str | None:
+    """The verdict on a request: of its completions all have a text, or it has none."""
+    return next((c.finish_reason for c in completions if c.finish_reason in VERDICTS), None)
 
 
 @dataclass

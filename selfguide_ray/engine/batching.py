@@ -5,6 +5,7 @@ and the last digits of its numbers; in strict mode it changes neither text nor d
 """
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -192,7 +193,7 @@ class Batch:
             self._prefill_pack(first, numbers, wave)
         for entry in wave:
             for row in entry.rows:
-                row.own = len(entry.own) - 1
+                row.own, row.began = len(entry.own) - 1, time.monotonic()
         sources = [first + i for i, entry in enumerate(wave) for _ in entry.rows[1:]]
         self.rows += [entry.rows[0] for entry in wave] + [row for entry in wave for row in entry.rows[1:]]
         if sources:

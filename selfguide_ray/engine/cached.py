@@ -4,6 +4,7 @@ A prefix is computed once for a batch and its keys and values are copied to all 
 has ended. Slower than `batching`, and the same in what comes out.
 """
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -59,6 +60,8 @@ class CachedBatches:
             longest = max(longest, need)
             taken.append(self.waiting.pop(0))
         rows = [entry.rows[0] for entry in taken]
+        for row in rows:
+            row.began = time.monotonic()
         if rows and taken[0].scored:
             self._score(taken)
         elif rows:

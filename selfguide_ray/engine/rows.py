@@ -33,6 +33,7 @@ class Row:
     state: int = 0  # in the tree of its labels
     own: int = 0  # its tokens in the store
     prefix: Prefix | None = None
+    began: float = 0.0  # when it last began to decode, by the monotonic clock
 
     @property
     def prompt_tokens(self) -> int:

@@ -27,6 +27,7 @@ from selfguide_ray.engine.rows import Row
 from selfguide_ray.engine.trial import Ceiling, Probe, measure_ceiling, probe, tokens_that_fit
 from selfguide_ray.engine.turns import Turns
 from selfguide_ray.errors import SelfGuideError
+from selfguide_ray.failures import caught
 from selfguide_ray.schema import row_seed
 from selfguide_ray.student import StudentTokenizer, context_of, locate
 
@@ -114,6 +115,14 @@ class TransformersEngine:
     def adapters(self) -> Adapters | None:
         """The LoRA adapters that run side by side."""
         return Adapters(self.base, self.student.max_adapters) if self.probe.shared else None
+
+    @property
+    def broken(self) -> bool:
+        """Whether the process has to be started anew: an error inside a GPU's kernel is met by all that come after."""
+        with caught() as ended:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+        return ended.error is not None
 
     @functools.cached_property
     def eos_ids(self) -> set[int]:
@@ -269,10 +278,14 @@ class TransformersEngine:
                 return
         if len(row.ids) >= params.max_new_tokens or row.prompt_tokens + len(row.ids) >= self.context:
             row.finish_reason = "length"
+        elif self.student.request_seconds and time.monotonic() - row.began > self.student.request_seconds:
+            row.finish_reason = "timed_out"
 
     def _leave(self, row: Row) -> None:
         """Put a row that has ended into its call."""
         call, index, sample = row.home
+        if row.finish_reason == "timed_out":  # how far it came depends on the machine
+            row.ids, row.logprob, row.logprobs, row.probability = [], 0.0, [], None
         call.completions[index][sample] = Completion(
             text=before_stop(self.tokenizer.decode(row.ids), () if row.params.labels else row.params.stops),
             ids=tuple(row.ids),
