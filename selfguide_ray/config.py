@@ -369,6 +369,27 @@ AS_REFERENCE: dict[str, dict[str, Any]] = {
 }
 
 
+class Budget(Section):
+    """Where a job stops by itself, over all submissions of the run. What is finished is kept; with more it goes on."""
+
+    hours: float | None = Field(None, gt=0)
+    """Hours of engines and training workers, each counted, while a job has them or waits for them."""
+    money: float | None = Field(None, gt=0)
+    """The same as money; needs budget.price."""
+    price: float | None = Field(None, gt=0)
+    """Money for such an hour."""
+
+    @model_validator(mode="after")
+    def _priced(self) -> "Budget":
+        if self.money is not None and self.price is None:
+            raise SelfGuideError(
+                f"budget.money: is {self.money:g}, and budget.price is not set.",
+                "What a run has cost is its hours times a price.",
+                "Set budget.price to what an hour of an engine or a worker costs, or give budget.hours.",
+            )
+        return self
+
+
 class Config(Section):
     """Everything a run depends on."""
 
@@ -380,6 +401,7 @@ class Config(Section):
     """Ours, or the reference code's behaviour where it differs, with its own metrics, to reproduce its figures."""
     student: Student = Student()
     cluster: Cluster = Cluster()
+    budget: Budget = Budget()
     tasks: Tasks = Tasks()
     inputs: Inputs = Inputs()
     outputs: Outputs = Outputs()

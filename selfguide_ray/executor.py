@@ -4,6 +4,7 @@ An actor loads the student once and takes a shard through all the stages given, 
 load (statement 27). The driver sees receipts only, never rows.
 """
 
+import contextlib
 import functools
 import json
 import logging
@@ -12,6 +13,7 @@ import signal
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -19,15 +21,18 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
+import ray.util.metrics
 from ray.util.annotations import RayDeprecationWarning
 
+from selfguide_ray import progress
 from selfguide_ray.config import Config
-from selfguide_ray.engine import Completion, Counters, Engine, Request
+from selfguide_ray.engine import Engine
 from selfguide_ray.failures import caught, clear, noted
 from selfguide_ray.guarding import Guard, Guarded
+from selfguide_ray.metering import TOKENS, Metered, rates
 from selfguide_ray.run import Run
 
-TOKENS = ("prompt_tokens", "cached_tokens", "generated_tokens")
+WAITED = 30.0  # seconds that nodes may take before something is said
 UNNOTED = "unnoted"
 RESTARTS = -1  # of an actor whose process dies: without bound, machines may be lost and rows may kill it (`guarding`)
 
@@ -80,37 +85,6 @@ Permit = Callable[[], bool]  # whether another piece of work may begin, see `sto
 def always() -> bool:
     """The permit of work that nobody stops."""
     return True
-
-
-class Metered:
-    """An engine that counts what each thread got from it: shards in flight share an engine, and each has its receipt."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine, self.mine = engine, threading.local()
-        self.tokenizer, self.context, self.fingerprint = engine.tokenizer, engine.context, engine.fingerprint
-
-    @property
-    def counters(self) -> Counters:
-        """Of the engine, for all threads."""
-        return self.engine.counters
-
-    def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
-        """See `engine.Engine`."""
-        completions = self.engine.generate(requests)
-        mine = self._counts()
-        for name in TOKENS:
-            mine[name] += sum(getattr(completion, name) for several in completions for completion in several)
-        return completions
-
-    def _counts(self) -> dict[str, int]:
-        if not hasattr(self.mine, "counts"):
-            self.mine.counts = dict.fromkeys(TOKENS, 0)
-        return self.mine.counts
-
-    def taken(self) -> dict[str, int]:
-        """Tokens that this thread's requests took since the last time."""
-        counts, self.mine.counts = self._counts(), dict.fromkeys(TOKENS, 0)
-        return counts
 
 
 class ShardWorker:
@@ -182,23 +156,44 @@ class ShardWorker:
             "engine": self.engine.fingerprint,
         }
         self.run.write(stage.writes, shard, rows, receipt)
+        meters().shard(receipt, rows)
         clear(self.run, stage.writes, shard)
         return receipt
 
 
-def rates(done: Counters) -> dict[str, float | None]:
-    """How well the engine was used while a shard was at work, other shards in flight included; None where unknown."""
+class Meters:
+    """What a process tells Prometheus, through Ray: shards, rows by verdict, tokens by kind, the share of known prefixes."""
 
-    def share(part: float, whole: float) -> float | None:
-        return round(part / whole, 4) if part and whole else None
+    def __init__(self) -> None:
+        count = ray.util.metrics.Counter
+        self.shards = count("selfguide_shards", "Shards made.", ("table",))
+        self.rows = count(
+            "selfguide_rows", "Rows made, by the reason they were dropped for, or kept.", ("table", "verdict")
+        )
+        self.tokens = count(
+            "selfguide_tokens", "Tokens: of prompts, of these cached, and generated.", ("table", "kind")
+        )
+        hits = "Share of the prompts' tokens that were there already, in the last shard."
+        self.hits = ray.util.metrics.Gauge("selfguide_prefix_hit_rate", hits, ("table",))
 
-    return {
-        "prefix_hit_rate": share(done.cached_tokens, done.prompt_tokens),
-        "occupancy": share(done.rows, done.places),
-        "prompt_tokens_per_s": share(done.prompt_tokens, done.busy_seconds),
-        "generated_tokens_per_s": share(done.generated_tokens, done.busy_seconds),
-        "share_of_ceiling": share(done.ideal_seconds, done.busy_seconds),
-    }
+    def shard(self, receipt: dict[str, Any], rows: pa.Table) -> None:
+        """Count a shard."""
+        table = receipt["table"]
+        self.shards.inc(1, {"table": table})
+        reasons = rows["drop_reason"].to_pylist() if "drop_reason" in rows.column_names else [None] * rows.num_rows
+        for reason, number in Counter(reasons).items():
+            self.rows.inc(number, {"table": table, "verdict": reason or "kept"})
+        for kind in TOKENS:
+            if receipt[kind]:
+                self.tokens.inc(receipt[kind], {"table": table, "kind": kind.removesuffix("_tokens")})
+        if (rate := receipt["engine_rates"]["prefix_hit_rate"]) is not None:
+            self.hits.set(rate, {"table": table})
+
+
+@functools.cache
+def meters() -> Meters:
+    """Those of this process."""
+    return Meters()
 
 
 def map_shards(
@@ -242,11 +237,40 @@ def map_shards(
             max_restarts=RESTARTS,
             max_task_retries=RESTARTS,
         )
-    for row in dataset.iter_rows():
-        receipt = json.loads(row["receipt"])
-        if UNNOTED in receipt:
-            raise OSError(receipt[UNNOTED])
-        yield receipt
+    with waiting(size, cluster.cpus_per_engine, cluster.gpus_per_engine):
+        for row in dataset.iter_rows():
+            receipt = json.loads(row["receipt"])
+            if UNNOTED in receipt:
+                raise OSError(receipt[UNNOTED])
+            yield receipt
+
+
+@contextlib.contextmanager
+def waiting(count: int, cpus: float, gpus: float, first: float = WAITED) -> Iterator[None]:
+    """While the cluster lacks what so many processes ask for, say so: after `first` seconds, then ever more seldom."""
+    wanted = {name: count * each for name, each in (("CPU", cpus), ("GPU", gpus)) if each}
+    over, started = threading.Event(), time.monotonic()
+
+    def watch() -> None:
+        pause = first
+        while not over.wait(pause):
+            pause = min(2 * pause, 600.0)
+            there = ray.cluster_resources()
+            lacks = {name: number for name, number in wanted.items() if there.get(name, 0.0) < number}
+            if lacks:
+                seconds = round(time.monotonic() - started)
+                has = {name: there.get(name, 0.0) for name in lacks}
+                progress.event("waiting", asked=lacks, there=has, seconds=seconds)
+                told = ", ".join(f"{has[name]:g} of {number:g} {name}" for name, number in lacks.items())
+                progress.say(f" for nodes since {seconds} s: the cluster has {told}", lead="waiting")
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
 
 
 def process_environment(cpus: float, gpus: float) -> dict[str, str]:

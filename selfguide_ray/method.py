@@ -25,8 +25,9 @@ from selfguide_ray.predictions import Predictions
 from selfguide_ray.report import headline, write_report
 from selfguide_ray.run import Run, model_of
 from selfguide_ray.scores import Scores
+from selfguide_ray.spending import Spending
 from selfguide_ray.status import left_behind
-from selfguide_ray.stopping import Work
+from selfguide_ray.stopping import UsedUp, Work
 from selfguide_ray.tasks import plan as plan_tasks
 from selfguide_ray.trainset import Trainset
 
@@ -38,8 +39,16 @@ class Job:
     config: Config
     run: Run
     work: Work | None = None  # which holds the run; without it nothing is stopped but by force
+    spending: Spending | None = None
     planned: dict[str, Any] = field(default_factory=dict)
     failed: int = 0
+
+    def take(self, work: Work) -> None:
+        """Hold the run from now on, and keep its account."""
+        self.work = work
+        work.hold(self.run)
+        self.spending = Spending(self.run, self.config.budget)
+        work.watch(self.run, self.spending.used_up)
 
     def check(self) -> None:
         """Between two pieces of work: goes no further if the job was told to stop, or another has the run."""
@@ -49,6 +58,10 @@ class Job:
     def permit(self) -> dict[str, Any]:
         """For those who give work out: what is asked before a piece begins."""
         return {} if self.work is None else {"permit": self.work.permit(self.run)}
+
+    def holding(self, units: int) -> contextlib.AbstractContextManager[None]:
+        """A block in which the job has so many engines or training workers."""
+        return contextlib.nullcontext() if self.spending is None else self.spending.holding(units)
 
 
 Step = Callable[[Job], None]
@@ -125,8 +138,11 @@ def _train(job: Job, due: dict[str, models.Work], shards: Sequence[str] | None) 
         from selfguide_ray.trainer import train_packs
 
         connect()
-        for task, well in train_packs(job.config, packs, **job.permit()):
-            yield models.receipt(job.run, task) if well else {"table": "models", "shard": task, "failed": True}
+        cluster = job.config.cluster
+        workers = cluster.workers if isinstance(cluster.workers, int) else cluster.workers[-1]
+        with job.holding(min(cluster.groups, len(packs)) * workers):
+            for task, well in train_packs(job.config, packs, **job.permit()):
+                yield models.receipt(job.run, task) if well else {"table": "models", "shard": task, "failed": True}
 
 
 def evaluate(job: Job, shards: Sequence[str] | None = None) -> None:
@@ -196,7 +212,8 @@ def _stages(job: Job, stages: list[Any], ready: Callable[[str], bool]) -> None:
     totals = dict.fromkeys(tables, job.planned["shards"])
     done = {table: len(job.run.shards(table)) for table in totals}
     receipts = map_shards(job.config, shards, stages, engine, **job.permit())
-    _count_failures(job, progress.follow(receipts, totals, done))
+    with job.holding(min(job.config.cluster.engines, len(shards))):
+        _count_failures(job, progress.follow(receipts, totals, done))
 
 
 def _count_failures(job: Job, receipts: Iterator[dict[str, Any]]) -> None:
@@ -214,8 +231,7 @@ def perform(config: Config, steps: Sequence[Step]) -> int:
     started = time.monotonic()
     with contextlib.ExitStack() as ends:
         if not {plan, report}.issuperset(steps):
-            job.work = ends.enter_context(Work(config.cluster.drain_seconds))
-            job.work.hold(job.run)
+            job.take(ends.enter_context(Work(config.cluster.drain_seconds)))
         for step in steps:
             job.check()
             step(job)
@@ -255,6 +271,12 @@ def guarded(action: Callable[[], int]) -> int:
     try:
         with caught() as ended:
             return action()
+    except UsedUp as used:
+        print(
+            f"stopped: {used}; what is finished is kept, and with a larger budget it goes on from there",
+            file=sys.stderr,
+        )
+        return 3
     except KeyboardInterrupt:
         print("stopped: what is finished is kept, and the same command goes on from there", file=sys.stderr)
         return 130

@@ -25,6 +25,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 STOP, END = "stop", "end"
 
 
+class UsedUp(KeyboardInterrupt):
+    """A job stops since its budget is used up; the text tells which."""
+
+
 class Work:
     """A block in which a job holds runs. The block ends in KeyboardInterrupt when it was stopped.
 
@@ -36,6 +40,8 @@ class Work:
         self.drain_seconds, self.pause, self.stale = drain_seconds, renew, stale
         self.stopping, self.over = False, False
         self.lost: SelfGuideError | None = None
+        self.used_up: str | None = None
+        self.accounts: dict[str, Callable[[], str | None]] = {}  # by the run's root
         self.leases: dict[str, Lease] = {}
         self.calls: queue.SimpleQueue[str] = queue.SimpleQueue()  # a signal's handler may put into it at any moment
         self.keeper = threading.Thread(target=self._keep, daemon=True)
@@ -52,17 +58,22 @@ class Work:
             progress.event("taken_over", run=run.uri, owner=before)
             progress.say(f"{run.uri}: taken over from {before}, which has ended without a word")
 
+    def watch(self, run: Run, account: Callable[[], str | None]) -> None:
+        """Ask with each sign of life whether a run's budget is used up, and by what; then stop as after a signal."""
+        self.accounts = self.accounts | {run.root: account}
+
     def permit(self, run: Run) -> Callable[[], bool]:
         """What workers ask before they begin a shard or pack; it goes to other processes."""
         return functools.partial(goes_on, run, self.token)
 
     def check(self) -> None:
         """Between two pieces of work: ends the block if the job was told to stop, or lost its lease."""
+        self.stopping = self._spent() or self.stopping
         self._renew()
         if self.lost is not None:
             raise self.lost
         if self.stopping:
-            raise KeyboardInterrupt
+            raise self._interruption()
 
     def __enter__(self) -> "Work":
         if threading.current_thread() is threading.main_thread():
@@ -89,9 +100,12 @@ class Work:
         if self.over:
             return
         if self.stopping:
-            raise KeyboardInterrupt
+            raise self._interruption()
         self.stopping = True
         self.calls.put(STOP)
+
+    def _interruption(self) -> KeyboardInterrupt:
+        return KeyboardInterrupt() if self.used_up is None else UsedUp(self.used_up)
 
     def _keep(self) -> None:
         """The thread: signs of life, and what follows from a signal."""
@@ -105,10 +119,14 @@ class Work:
             if call == STOP:
                 late = time.monotonic() + self.drain_seconds
             with caught() as ended:  # a store that does not answer is asked again
+                if not self.stopping and self._spent():
+                    self.stopping, call = True, STOP
+                    late = time.monotonic() + self.drain_seconds
                 self._renew()
             due = time.monotonic() + (self.pause if ended.error is None else min(1.0, self.pause))
             if call == STOP:
-                what = f"finishing what is in hand, for {self.drain_seconds:g} s at most; once more to leave at once"
+                what = "" if self.used_up is None else f"{self.used_up}; "
+                what += f"finishing what is in hand, for {self.drain_seconds:g} s at most; once more to leave at once"
                 progress.event("stopping", what=what)
                 progress.say(f"[bold]stopping[/bold]: {what}")
             if self.lost is not None or time.monotonic() >= late:
@@ -116,6 +134,12 @@ class Work:
                 if self.handlers and not self.over:
                     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
                 return
+
+    def _spent(self) -> bool:
+        """Have the accounts written; whether a budget is used up."""
+        for account in self.accounts.values():
+            self.used_up = account() or self.used_up
+        return self.used_up is not None
 
     def _renew(self) -> None:
         for lease in list(self.leases.values()):

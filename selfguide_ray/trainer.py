@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from selfguide_ray.config import Cluster, Config
 from selfguide_ray.errors import SelfGuideError
-from selfguide_ray.executor import Permit, always, process_environment
+from selfguide_ray.executor import Permit, always, process_environment, waiting
 from selfguide_ray.failures import caught, clear, note, noted
 from selfguide_ray.models import UNFINISHED, Pack, learn
 from selfguide_ray.pretraining import Recipe
@@ -100,30 +100,33 @@ def train_packs(config: Config, packs: Sequence[Pack], permit: Permit = always) 
     groups = [launch.remote(config, number, works) for number in range(min(config.cluster.groups, len(packs)))]
     ended: set[int] = set()
     expected = {task for pack in packs for task, _ in pack.tasks} - set(run.trained())
-    while expected:
-        # Which groups have ended is asked before the listing, so that the last look misses nothing.
-        ready, running = ray.wait(groups, num_returns=len(groups), timeout=POLL_SECONDS)
-        for number in {groups.index(group) for group in ready} - ended:
-            ended.add(number)
-            with noted(run, "models", f"group-{number}"):
-                ray.get(groups[number])
-            # One that was killed could not do so. What it holds of the cluster Ray frees only where there is a dashboard.
-            ray.get(works.release.remote(number))
-            if (place := ray.get(works.place.remote(number))) is not None:
-                remove_placement_group(place)
-        published = sorted(expected & set(run.trained()))
-        yield from ((task, True) for task in published)
-        expected -= set(published)
-        if not running and expected and not permit():
-            break
-        if not running and expected:
-            waiting, given_up = ray.get(works.left.remote())
-            if not waiting or len(groups) >= DEATHS * len(packs) + config.cluster.groups:
-                for task in given_up:
-                    note(run, "models", task, _deadly(task))
-                yield from ((task, False) for task in sorted(expected))
+    cluster, fewest = config.cluster, config.cluster.workers
+    fewest = fewest if isinstance(fewest, int) else fewest[0]
+    with waiting(len(groups) * fewest, cluster.cpus_per_worker, cluster.gpus_per_worker):
+        while expected:
+            # Which groups have ended is asked before the listing, so that the last look misses nothing.
+            ready, running = ray.wait(groups, num_returns=len(groups), timeout=POLL_SECONDS)
+            for number in {groups.index(group) for group in ready} - ended:
+                ended.add(number)
+                with noted(run, "models", f"group-{number}"):
+                    ray.get(groups[number])
+                # One that was killed could not do so. What it holds of the cluster Ray frees only where there is a dashboard.
+                ray.get(works.release.remote(number))
+                if (place := ray.get(works.place.remote(number))) is not None:
+                    remove_placement_group(place)
+            published = sorted(expected & set(run.trained()))
+            yield from ((task, True) for task in published)
+            expected -= set(published)
+            if not running and expected and not permit():
                 break
-            groups.append(launch.remote(config, len(groups), works))  # takes over what the others left
+            if not running and expected:
+                left, given_up = ray.get(works.left.remote())
+                if not left or len(groups) >= DEATHS * len(packs) + config.cluster.groups:
+                    for task in given_up:
+                        note(run, "models", task, _deadly(task))
+                    yield from ((task, False) for task in sorted(expected))
+                    break
+                groups.append(launch.remote(config, len(groups), works))  # takes over what the others left
     ray.wait(groups, num_returns=len(groups))
     ray.kill(works)
     run.remove(HIDDEN)

@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+import urllib.request
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ import pytest
 from selfguide_ray.config import Cluster, Student
 from selfguide_ray.config_file import load
 from selfguide_ray.engine import Counters, make_engine
-from selfguide_ray.executor import Metered, ShardWorker, rates
+from selfguide_ray.executor import ShardWorker, meters, waiting
 from selfguide_ray.inputs import Inputs
+from selfguide_ray.metering import Metered, rates
 from selfguide_ray.outputs import Outputs
 from selfguide_ray.run import Run
 from selfguide_ray.schema import task_rows
@@ -94,3 +96,65 @@ def test_a_receipt_tells_how_well_the_engine_was_used(tmp_path, make_task):
 def test_a_thread_counts_what_it_took_and_nothing_twice():
     engine = Metered(make_engine(Student(engine="scripted"), Cluster()))
     assert engine.taken() == {"prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0}
+
+
+def test_what_a_cluster_lacks_is_told_now_and_then(monkeypatch):
+    told, there = [], {"CPU": 2.0, "memory": 9.0}
+    monkeypatch.setattr("ray.cluster_resources", lambda: there)
+    monkeypatch.setattr("selfguide_ray.progress.event", lambda name, **fields: told.append((name, fields)))
+
+    def until(count):
+        deadline = time.monotonic() + 20
+        while len(told) < count and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return len(told) >= count
+
+    with waiting(4, 1.0, 0.5, first=0.02):
+        assert until(2)
+        there |= {"CPU": 4.0, "GPU": 1.0}
+        assert until(3)
+        there |= {"GPU": 2.0}
+        time.sleep(0.5)
+        before = len(told)
+        time.sleep(1.0)
+        assert len(told) == before  # all is there
+    assert told[0] == ("waiting", {"asked": {"CPU": 4.0, "GPU": 2.0}, "there": {"CPU": 2.0, "GPU": 0.0}, "seconds": 0})
+    assert threading.active_count() < 50
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_prometheus_is_told_of_shards_rows_and_tokens(tmp_path, make_task, cluster):
+    import ray
+
+    config, _ = planned(tmp_path, make_task, "scripted")
+
+    @ray.remote(num_cpus=0)
+    class Actor:
+        def work(self):
+            worker = ShardWorker(config, [Inputs, Outputs], lambda: make_engine(config.student, config.cluster))
+            return ray.get_runtime_context().get_worker_id(), worker({"shard": np.array(["00000", "00001"])})["receipt"]
+
+    actor = Actor.remote()
+    worker, told = ray.get(actor.work.remote())
+    receipts = [json.loads(receipt) for receipt in told]
+    port = next(node["MetricsExportPort"] for node in ray.nodes() if node["Alive"])
+    deadline, text = time.monotonic() + 120, ""
+    while (
+        f'WorkerId="{worker}' not in text.partition("selfguide_tokens")[2] and time.monotonic() < deadline
+    ):  # Ray collects them every ten seconds
+        time.sleep(1)
+        text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20).read().decode()
+
+    def total(name, **tags):
+        lines = [line for line in text.splitlines() if line.startswith(f"ray_selfguide_{name}") and worker in line]
+        chosen = [line for line in lines if all(f'{tag}="{value}"' in line for tag, value in tags.items())]
+        return sum(float(line.rpartition(" ")[2]) for line in chosen)
+
+    assert total("shards_total", table="inputs") == 2
+    made = [receipt for receipt in receipts if receipt["table"] == "inputs"]
+    assert total("rows_total", table="inputs") == sum(receipt["rows"] for receipt in made)
+    assert total("rows_total", table="inputs", verdict="kept") == sum(receipt["kept"] for receipt in made)
+    assert total("tokens_total", kind="generated") == sum(receipt["generated_tokens"] for receipt in receipts)
+    assert meters() is meters()
+    ray.kill(actor)

@@ -24,8 +24,8 @@ LAYERS = [
         "vocabulary",
         ["errors", "visible", "redaction", "documents", "embedded", "schema", "sections", "config", "config_file"],
     ),
-    ("files", ["storage", "run", "student", "task_files", "failures", "lease", "status"]),
-    ("tools", ["engine", *(f"engine.{name}" for name in ENGINE), *TEXTS, "reference", "votes", "guarding"]),
+    ("files", ["storage", "run", "student", "task_files", "failures", "lease", "spending", "status"]),
+    ("tools", ["engine", *(f"engine.{name}" for name in ENGINE), *TEXTS, "reference", "votes", "guarding", "metering"]),
     ("boards", ["standings", "significance", "suspects", "comparison", "charts"]),
     (
         "under the tables",
@@ -38,7 +38,8 @@ LAYERS = [
     ),
     ("searches", ["search", "search.selection"]),
     ("before and after a run", ["estimate", "planning"]),
-    ("ray", ["executor", "trainer", "progress", "stopping"]),
+    ("told", ["progress", "stopping"]),
+    ("ray", ["executor", "trainer"]),
     (
         "top",
         [

@@ -28,9 +28,9 @@ class Sharing:
     def job(self, config: Config) -> Job:
         """The job of a run, with its plan."""
         if config.run not in self.jobs:
-            job = Job(config, Run(config.run), self.work)
+            job = Job(config, Run(config.run))
             if self.work is not None:
-                self.work.hold(job.run)
+                job.take(self.work)
             self._take_over(job, "tasks", None)
             plan(job)
             for table in READS:
