@@ -12,9 +12,19 @@ import tempfile
 import time
 import urllib.request
 from pathlib import Path
+from typing import NamedTuple
+
+import psutil
 
 RAY = Path(sys.executable).with_name("ray")
 PORTS = ("--port", "--dashboard-port", "--ray-client-server-port", "--dashboard-agent-listen-port")
+
+
+class Head(NamedTuple):
+    """Where a head listens: the dashboard's URL, and what `ray.init` is given."""
+
+    dashboard: str
+    address: str
 
 
 def free_ports(count):
@@ -34,13 +44,13 @@ def environment(**given):
 
 
 @contextlib.contextmanager
-def head(**given):
-    """The address of the head's dashboard, for as long as the block lasts; `given` is added to its environment."""
+def head(*more, cpus=2, **given):
+    """A head for as long as the block lasts, with more options; `given` is added to its environment."""
     folder = tempfile.mkdtemp(prefix="sg-")  # short: Ray's sockets lie in it
     ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
     options = [f"{name}={port}" for name, port in ports.items()]
-    options += ["--dashboard-host=127.0.0.1", "--num-cpus=2", f"--temp-dir={folder}"]
-    address = f"http://127.0.0.1:{ports['--dashboard-port']}"
+    options += ["--dashboard-host=127.0.0.1", f"--num-cpus={cpus}", f"--temp-dir={folder}", *more]
+    dashboard = f"http://127.0.0.1:{ports['--dashboard-port']}"
     with Path(folder, "head.log").open("wb") as log:
         process = subprocess.Popen(
             [RAY, "start", "--head", "--block", "--disable-usage-stats", *options],
@@ -51,11 +61,11 @@ def head(**given):
         )
     try:
         deadline = time.monotonic() + 400
-        while not living_nodes(address):
+        while not living_nodes(dashboard):
             assert process.poll() is None, Path(folder, "head.log").read_text()
             assert time.monotonic() < deadline, Path(folder, "head.log").read_text()
             time.sleep(0.2)
-        yield address
+        yield Head(dashboard, node_address(dashboard) + f":{ports['--port']}")
         assert process.poll() is None, Path(folder, "head.log").read_text()
     finally:
         process.terminate()  # it ends what it has started
@@ -64,15 +74,23 @@ def head(**given):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        for other in psutil.process_iter():  # nodes that an autoscaler has started beside it
+            with contextlib.suppress(psutil.Error):
+                if any(folder in part for part in other.cmdline()):
+                    other.kill()
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def living_nodes(address):
+def living_nodes(dashboard):
     try:
-        told = get(f"{address}/nodes?view=summary")
+        told = get(f"{dashboard}/nodes?view=summary")
     except OSError:
         return 0
     return sum(node["raylet"].get("state") == "ALIVE" for node in told["data"]["summary"])
+
+
+def node_address(dashboard):
+    return get(f"{dashboard}/nodes?view=summary")["data"]["summary"][0]["ip"]
 
 
 def get(url):

@@ -3,22 +3,18 @@
 Ray's own autoscaler decides, over a provider that starts its nodes as processes on this machine.
 """
 
-import contextlib
 import json
-import os
-import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
-import psutil
 import pytest
+from heads import environment, head
 
 ROOT = Path(__file__).parents[1]
 MOST = 3
-OPEN = {"RAY_AUTH_MODE": "disabled"}  # a head on loopback, for these tests alone
 SMALL = (
     "student.engine=scripted",
     "tasks.source=embedded/tasks",
@@ -31,12 +27,13 @@ SMALL = (
 )
 
 
-@contextlib.contextmanager
-def autoscaling_head(folder):
-    """A head that takes no work, and an autoscaler that may start nodes of one CPU beside it; yields the address."""
-    kinds = {"worker": {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": MOST}}
-    kinds["ray.head.default"] = {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}
-    settings = {
+def autoscaler():
+    """Settings of an autoscaler that may start nodes of one CPU, as processes of this machine."""
+    kinds = {
+        "worker": {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": MOST},
+        "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+    }
+    return {
         "cluster_name": "pretended",
         "provider": {
             "type": "fake_multinode",
@@ -51,48 +48,10 @@ def autoscaling_head(folder):
         "idle_timeout_minutes": 0.1,
         "auth": {},
         **{name: {} for name in ("docker", "file_mounts", "head_node", "worker_nodes")},
-        **{f"{node}{kind}_commands": [] for node in ("", "head_", "worker_") for kind in ("setup", "start_ray")},
+        **{f"{node}setup_commands": [] for node in ("", "head_", "worker_")},
+        **{f"{node}_start_ray_commands": [] for node in ("head", "worker")},
         **{name: [] for name in ("initialization_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter")},
     }
-    for node in ("head", "worker"):
-        settings[f"{node}_start_ray_commands"] = []
-    (folder / "autoscaler.json").write_text(json.dumps(settings))
-    session = folder / "ray"
-    command = [
-        str(Path(sys.executable).with_name("ray")),
-        "start",
-        "--head",
-        "--block",
-        "--port=0",
-        "--node-ip-address=127.0.0.1",
-        "--num-cpus=0",
-    ]
-    command += [
-        f"--autoscaling-config={folder / 'autoscaler.json'}",
-        f"--temp-dir={session}",
-        "--include-dashboard=false",
-    ]
-    environment = os.environ | OPEN | {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
-    environment.pop("RAY_ADDRESS", None)
-    with (folder / "head.log").open("wb") as log:
-        head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    try:
-        found = session / "ray_current_cluster"
-        deadline = time.monotonic() + 120
-        while not found.exists():
-            assert head.poll() is None, (folder / "head.log").read_text()[-3000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        yield found.read_text().strip()
-    finally:
-        ours = [head.pid]
-        for process in psutil.process_iter(["pid", "cmdline"]):
-            if any(str(session) in part for part in process.info["cmdline"] or ()):
-                ours.append(process.pid)
-        for pid in ours:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        head.wait()
 
 
 def drive(folder, address):
@@ -129,15 +88,16 @@ def drive(folder, address):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_nodes_come_from_zero_up_to_the_most_and_go_again(tmp_path):
-    with autoscaling_head(tmp_path) as address:
-        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    (tmp_path / "autoscaler.json").write_text(json.dumps(autoscaler()))
+    pretended = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+    with head(f"--autoscaling-config={tmp_path / 'autoscaler.json'}", cpus=0, **pretended) as started:
         done = subprocess.run(
-            [sys.executable, __file__, tmp_path, address],
+            [sys.executable, __file__, tmp_path, started.address],
             capture_output=True,
             text=True,
             timeout=800,
             check=False,
-            env=environment | OPEN | {"PYTHONPATH": str(ROOT), "SELFGUIDE_SCRIPTED_DELAY": "0.5"},
+            env=environment(PYTHONPATH=str(ROOT), SELFGUIDE_SCRIPTED_DELAY="0.5"),
         )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert json.loads((tmp_path / "seen.json").read_text()) == {"code": 0, "before": 0, "most": MOST, "after": 0}

@@ -95,8 +95,8 @@ class Head:
 def story(tmp_path_factory):
     """A job is stopped while it writes, the next one while it trains, and the third comes to the end."""
     told = {}
-    with head(SELFGUIDE_SCRIPTED_DELAY=DELAY, OMP_NUM_THREADS="1") as address:
-        jobs = Head(address, tmp_path_factory.mktemp("jobs"))
+    with head(SELFGUIDE_SCRIPTED_DELAY=DELAY, OMP_NUM_THREADS="1") as started:
+        jobs = Head(started.dashboard, tmp_path_factory.mktemp("jobs"))
         _, first = jobs.submit("--no-wait")
         jobs.wait(first, lambda run: run.exists(LEASE))
         told["holder"], told["first"] = jobs.run.get_json(LEASE), first

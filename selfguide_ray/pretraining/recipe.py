@@ -158,7 +158,10 @@ def prepare(run: Run, recipe: Recipe) -> None:
     run.put(TOKENIZER, tokenizer.to_str().encode())
     if begun:
         run.put(START, (begun / "model.safetensors").read_bytes())
-        run.put(BEFORE, (begun / RECORD).read_bytes())
+        earlier = begun / "start.json"
+        record = json.loads((begun / RECORD).read_text())
+        record |= {"start": json.loads(earlier.read_text())} if earlier.exists() else {}
+        run.put(BEFORE, json.dumps(record, indent=1).encode() + b"\n")
     for name, array in ((PRIMER, first), (ROWS, rows)):
         data = io.BytesIO()
         np.save(data, array)
