@@ -76,7 +76,8 @@ def plan(job: Job) -> None:
     if job.work is not None:  # nobody else is at work on what is half-written
         job.run.sweep()
     job.config = located(job.config)
-    progress.event("plan", run=job.run.uri, **{k: v for k, v in job.planned.items() if k != "refused"})
+    told = {k: v for k, v in job.planned.items() if k not in ("refused", "costs")}
+    progress.event("plan", run=job.run.uri, **told)
     progress.say(f": {job.planned['tasks']} tasks in {job.planned['shards']} shards", lead=job.run.uri)
 
 
@@ -205,6 +206,8 @@ def _stages(job: Job, stages: list[Any], ready: Callable[[str], bool]) -> None:
     shards = [shard for shard in job.run.missing(*tables) if ready(shard)]
     if not shards:
         return
+    costs = job.planned.get("costs", {})
+    shards.sort(key=lambda shard: -costs.get(shard, 0))  # so that no long one is left for the end
     from selfguide_ray.executor import connect, map_shards
 
     connect()

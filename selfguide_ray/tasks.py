@@ -35,7 +35,7 @@ class Refusal:
 
 
 def plan(run: Run, config: Config, student: dict[str, Any]) -> dict[str, Any]:
-    """Write `tasks/`, unless it is complete; returns {shards, tasks, refused: [Refusal as a mapping], splits}.
+    """Write `tasks/`, unless it is complete; returns {shards, tasks, refused: [Refusal as a mapping], splits, costs}.
 
     Raises SelfGuideError before anything is written if the folder was made by other settings, no task is left, or under
     tasks.strict any file is broken.
@@ -56,13 +56,31 @@ def plan(run: Run, config: Config, student: dict[str, Any]) -> dict[str, Any]:
         _refuse_empty(config, refusals)
     run.claim(config, student)
     tasks = count = 0
+    costs: dict[str, int] = {}
     for count, shard in enumerate(chain([first], several), start=1):
-        run.write("tasks", f"{count - 1:05d}", task_rows(shard), {"kept": len(shard)})
+        name = f"{count - 1:05d}"
+        run.write("tasks", name, task_rows(shard), {"kept": len(shard)})
+        costs[name] = sum(expected_cost(task, config) for task in shard)
         tasks += len(shard)
     splits = find_splits(config)
     done = {"shards": count, "tasks": tasks, "refused": [vars(r) for r in refusals], "splits": splits and str(splits)}
+    done["costs"] = costs
     run.put(PLAN, json.dumps(done, indent=1).encode() + b"\n")
     return done
+
+
+def expected_cost(task: Task, config: Config) -> int:
+    """About how many characters the student will read and write for a task: what makes shards differ."""
+    asked = config.inputs.rounds.of(task.labels) * config.inputs.prompts_per_round
+    shown = len(task.instruction) + sum(len(e.input) + len(e.output) for e in task.examples)
+    item, answer = (
+        sum(len(text) for text in texts) // max(1, len(task.examples))
+        for texts in ([e.input for e in task.examples], [e.output for e in task.examples])
+    )
+    predicted = len(task.instances) * len(config.predictions.systems)
+    return (
+        (2 * asked + predicted) * (shown + item) + asked * item + (asked * config.outputs.samples + predicted) * answer
+    )
 
 
 def shards(config: Config, refusals: list[Refusal]) -> Iterator[list[Task]]:

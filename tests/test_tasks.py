@@ -10,7 +10,7 @@ from selfguide_ray.config_file import load
 from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.run import Run
 from selfguide_ray.schema import tasks_of
-from selfguide_ray.tasks import plan, selected, set_apart
+from selfguide_ray.tasks import expected_cost, plan, selected, set_apart
 
 STUDENT = {"model": "none", "fingerprint": "scripted"}
 
@@ -242,7 +242,22 @@ def test_shards_hold_the_tasks_in_order(settings, tmp_path, per_shard, sizes):
     assert [run.read("tasks", shard).num_rows for shard in run.shards("tasks")] == sizes
     assert [run.receipt("tasks", shard) for shard in run.shards("tasks")] == [{"kept": size} for size in sizes]
     assert run.read_all("tasks")["task"].to_pylist() == ["other", "task1_a", "task2_b", "task3_c", "task4_d", "task5_e"]
+    costs = done.pop("costs")
     assert done == {"shards": len(sizes), "tasks": 6, "refused": [], "splits": str(tmp_path / "splits")}
+    assert list(costs) == run.shards("tasks")
+    config = settings()
+    assert sum(costs.values()) == sum(expected_cost(task, config) for task in selected(config, []))
+
+
+def test_what_the_student_has_to_read_and_write_is_what_a_task_costs(settings, make_task):
+    def cost(*overrides, **task):
+        return expected_cost(make_task(**task), settings(*overrides))
+
+    assert cost(instruction="Name the thing. " * 9) > cost()
+    assert cost(instances=[("old house", "house")] * 99) > cost()
+    assert cost(labels=("apple", "sky", "tree")) > cost()  # it has twice the rounds
+    assert cost("inputs.rounds=7") < cost()
+    assert cost("outputs.samples=2") < cost()
 
 
 def test_a_planned_task_reads_back_as_it_was(settings, tmp_path):
