@@ -420,6 +420,11 @@ def test_a_student_can_be_gone_on_with(source, tmp_path, one_process):
     assert manifests[0]["development"] == manifests[1]["development"]
     assert told_of(second)["curve"][0][1] < told_of(first)["curve"][0][1] - 0.5  # it begins where the first ended
     assert f"went on from {first}" in " ".join((second / "README.md").read_text().split())
+    third = make(
+        recipe_of(source, tmp_path / "c", start=str(second), tokens=600, warmup_steps=0, primer_tokens=0), here
+    )
+    before = json.loads((third / "start.json").read_text())
+    assert before == told_of(second) | {"start": told_of(first)}  # the whole way from scratch
 
 
 def test_a_start_that_does_not_fit_is_refused_before_anything_is_written(source, tmp_path):
