@@ -95,6 +95,15 @@ class Note:
         self.take(BETWEEN)
 
 
+def sweep(run: Run) -> None:
+    """Remove the notes of shards that are made: their process died, or their store failed, after the last step but one."""
+    for table in run.names(FOLDER):
+        made = set(run.shards(table))
+        for name in run.names(f"{FOLDER}/{table}"):
+            if name.removesuffix(".json") in made:
+                run.remove(f"{FOLDER}/{table}/{name}")
+
+
 class Room:
     """Several calls may be in it, or one alone; one that wants to be alone is not kept waiting by later ones."""
 

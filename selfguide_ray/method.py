@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from selfguide_ray import models, progress, student
+from selfguide_ray import guarding, models, progress, student
 from selfguide_ray.config import Config
 from selfguide_ray.config_file import load
 from selfguide_ray.engine import check_engine, make_engine
 from selfguide_ray.errors import SelfGuideError
-from selfguide_ray.failures import caught
+from selfguide_ray.failures import caught, settle
 from selfguide_ray.inputs import Inputs
 from selfguide_ray.outputs import Outputs
 from selfguide_ray.predictions import Predictions
@@ -75,6 +75,8 @@ def plan(job: Job) -> None:
     job.planned = plan_tasks(job.run, job.config, facts)
     if job.work is not None:  # nobody else is at work on what is half-written
         job.run.sweep()
+        guarding.sweep(job.run)
+        settle(job.run)
     job.config = located(job.config)
     told = {k: v for k, v in job.planned.items() if k not in ("refused", "costs")}
     progress.event("plan", run=job.run.uri, **told)
@@ -123,6 +125,8 @@ def train(job: Job, shards: Sequence[str] | None = None) -> None:
     """The same student is fine-tuned on each task's pairs; on all shards, or some."""
     due = models.untrained(job.run, job.config, shards)
     if not due:
+        if shards is None:
+            models.tidy(job.run)
         return
     done = len(job.run.trained())
     _count_failures(job, progress.follow(_train(job, due, shards), {"models": done + len(due)}, {"models": done}))
@@ -178,6 +182,8 @@ def train_and_evaluate(job: Job) -> None:
     for wave in waves:
         train(job, wave)
         evaluate(job, wave)
+    if not models.untrained(job.run, job.config):
+        models.tidy(job.run)
 
 
 def _tasks(job: Job, shard: str) -> list[str]:
@@ -217,6 +223,7 @@ def _stages(job: Job, stages: list[Any], ready: Callable[[str], bool]) -> None:
     receipts = map_shards(job.config, shards, stages, engine, **job.permit())
     with job.holding(min(job.config.cluster.engines, len(shards))):
         _count_failures(job, progress.follow(receipts, totals, done))
+    guarding.sweep(job.run)
 
 
 def _count_failures(job: Job, receipts: Iterator[dict[str, Any]]) -> None:

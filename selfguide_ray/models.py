@@ -16,13 +16,15 @@ import pyarrow.compute as pc
 from selfguide_ray import student
 from selfguide_ray.config import Config
 from selfguide_ray.errors import SelfGuideError
-from selfguide_ray.failures import caught, clear, note, noted
+from selfguide_ray.failures import caught, clear, failures, note, noted
 from selfguide_ray.redaction import redacted_values
 from selfguide_ray.run import Run, digest, model_of, pairs_of
 from selfguide_ray.tuning import Lesson, Told, make_tuner, packs_tasks
 
 MODEL = "model.json"
 UNFINISHED = "models/.unfinished"  # what packs go on from after a death
+HIDDEN = ".train"  # Ray Train's own files, inside the run
+GROUP = "group-"  # begins the unit of a failure that is a training group's and no task's
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,15 @@ def _publish(run: Run, told: dict[str, Told | Exception], scratch: Path, facts: 
             _tell(folder, {"task": task, "trained": True} | what | {"student": facts, "settings": settings})
             run.publish(folder, f"models/{task}", MODEL)
             clear(run, "models", task)
+
+
+def tidy(run: Run) -> None:
+    """Remove what training leaves that is no model, once all models are there: it may have died before it did so."""
+    run.remove(HIDDEN)
+    run.remove(UNFINISHED)  # what other settings had begun
+    for table, unit, _ in failures(run):
+        if table == "models" and unit.startswith(GROUP):  # another has done what this one failed to do
+            clear(run, table, unit)
 
 
 def publish_untrained(run: Run, task: str) -> None:

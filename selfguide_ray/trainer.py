@@ -22,7 +22,7 @@ from selfguide_ray.config import Cluster, Config
 from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.executor import Permit, always, process_environment, waiting
 from selfguide_ray.failures import caught, clear, note, noted
-from selfguide_ray.models import UNFINISHED, Pack, learn
+from selfguide_ray.models import GROUP, HIDDEN, Pack, learn, tidy
 from selfguide_ray.pretraining import Recipe
 from selfguide_ray.run import Run
 from selfguide_ray.tuning import from_first_rank
@@ -30,7 +30,6 @@ from selfguide_ray.tuning import from_first_rank
 DEATHS = 3  # of its group, after which a pack is trained task by task, and a task not at all
 STARTS = 3  # of a group in a row without a pack to show for
 POLL_SECONDS = 0.5
-HIDDEN = ".train"  # Ray Train's own files, inside the run
 
 
 class WorkList:
@@ -108,7 +107,7 @@ def train_packs(config: Config, packs: Sequence[Pack], permit: Permit = always) 
             ready, running = ray.wait(groups, num_returns=len(groups), timeout=POLL_SECONDS)
             for number in {groups.index(group) for group in ready} - ended:
                 ended.add(number)
-                with noted(run, "models", f"group-{number}"):
+                with noted(run, "models", f"{GROUP}{number}"):
                     ray.get(groups[number])
                 # One that was killed could not do so. What it holds of the cluster Ray frees only where there is a dashboard.
                 ray.get(works.release.remote(number))
@@ -131,9 +130,7 @@ def train_packs(config: Config, packs: Sequence[Pack], permit: Permit = always) 
     ray.kill(works)
     run.remove(HIDDEN)
     if not expected:
-        run.remove(UNFINISHED)  # what other settings had begun
-        for number in range(len(groups)):  # another has done what one failed to do
-            clear(run, "models", f"group-{number}")
+        tidy(run)
 
 
 def _deadly(task: str) -> SelfGuideError:
@@ -146,7 +143,7 @@ def _deadly(task: str) -> SelfGuideError:
 
 def train_group(config: Config, number: int, works: ray.actor.ActorHandle) -> None:
     """One Ray Train run. It has a process of its own, since `fit` wants a main thread."""
-    run, unit = Run(config.run), f"group-{number}"
+    run, unit = Run(config.run), f"{GROUP}{number}"
     clear(run, "models", unit)
     with noted(run, "models", unit):
         fit(functools.partial(worker, config, number, works), config.cluster, run)
@@ -216,7 +213,7 @@ def worker(config: Config, number: int, works: ray.actor.ActorHandle) -> None:
         learn(config, packs(), rank, world, torch.distributed.barrier if world > 1 else lambda: None)
     elif rank == 0:
         with caught():  # to raise anything would start the group once more, for ever where no note can be written
-            note(Run(config.run), "models", f"group-{number}", _stillborn(number))
+            note(Run(config.run), "models", f"{GROUP}{number}", _stillborn(number))
 
 
 def _stillborn(number: int) -> SelfGuideError:
