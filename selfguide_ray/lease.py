@@ -107,7 +107,7 @@ def read(run: Run) -> dict[str, Any] | None:
         found = run.get_json(LEASE)
     except FileNotFoundError:  # released between two looks
         return None
-    except ValueError:
+    except SelfGuideError:
         return {}
     return found if found is None or isinstance(found, dict) else {}
 

@@ -240,7 +240,10 @@ def read_plan(run: Run) -> Plan:
 def read_models(run: Run, tasks: Sequence[Task]) -> list[dict[str, Any]]:
     """What `model.json` tells of each task that has one, in the order of the tasks."""
     there = set(run.names("models"))
-    told = _together(run.get_json, [f"models/{task.name}/model.json" for task in tasks if task.name in there])
+    told = _together(
+        lambda name: run.get_json(f"models/{name}/model.json", dict),
+        [task.name for task in tasks if task.name in there],
+    )
     return [model for model in told if model]
 
 

@@ -7,6 +7,7 @@ whole or absent all the same (design, invariant 4), since everything is publishe
 import ctypes
 import os
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -71,10 +72,19 @@ def patient(found: pafs.FileSystem) -> pafs.FileSystem:
     if not isinstance(found, pafs.S3FileSystem):
         return found
     (options,) = found.__reduce__()[1]  # all that the URI and the environment said, as pickling keeps it
-    return pafs.S3FileSystem(
-        **options | {"allow_delayed_open": True, "connect_timeout": CONNECT_SECONDS, "request_timeout": SILENT_SECONDS},
-        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=attempts()),
-    )
+    options |= {"allow_delayed_open": True, "connect_timeout": CONNECT_SECONDS, "request_timeout": SILENT_SECONDS}
+    return PatientS3(options, attempts())
+
+
+class PatientS3(pafs.S3FileSystem):
+    """S3, tried so many times, also by the process that it is sent to: Arrow's own pickles forget how often."""
+
+    def __init__(self, options: dict[str, Any], most: int) -> None:
+        super().__init__(**options, retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=most))
+        self.most = most
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PatientS3, (super().__reduce__()[1][0], self.most)
 
 
 def attempts() -> int:

@@ -2,9 +2,11 @@
 
 import difflib
 import fnmatch
+import functools
 import json
 import random
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -14,11 +16,14 @@ from selfguide_ray.config import Config
 from selfguide_ray.config import Tasks as Settings
 from selfguide_ray.embedded import resolve
 from selfguide_ray.errors import SelfGuideError
+from selfguide_ray.redaction import redacted
 from selfguide_ray.run import PLAN, Run
 from selfguide_ray.schema import Task, row_seed, task_rows
+from selfguide_ray.storage import shown
 from selfguide_ray.task_files import read_task, task_files
 
 MIN_EXAMPLES = 2
+READERS = 16  # shards read at a time: on an object store each is a wait
 
 # Yes, no, or (None) not to be known before the file is read.
 Atom = Callable[[str, Task | None], bool | None]
@@ -37,14 +42,16 @@ class Refusal:
 def plan(run: Run, config: Config, student: dict[str, Any]) -> dict[str, Any]:
     """Write `tasks/`, unless it is complete; returns {shards, tasks, refused: [Refusal as a mapping], splits, costs}.
 
-    Raises SelfGuideError before anything is written if the folder was made by other settings, no task is left, or under
-    tasks.strict any file is broken.
+    Raises SelfGuideError before anything is written if the folder was made by other settings, a shard of it is damaged, no
+    task is left, or under tasks.strict any file is broken. A shard that is gone is made again.
     """
-    done = run.get_json(PLAN, dict)
-    if done is not None:
+    run.check(config, student)
+    done, there = run.get_json(PLAN, dict), run.shards("tasks")
+    with ThreadPoolExecutor(READERS) as pool:
+        held = dict(zip(there, pool.map(functools.partial(_names, run), there), strict=True))
+    if done is not None and len(there) >= done["shards"]:
         run.claim(config, student)
         return done
-    run.check(config, student)
     refusals: list[Refusal] = []
     if config.tasks.strict:
         for _ in shards(config, refusals):
@@ -59,6 +66,8 @@ def plan(run: Run, config: Config, student: dict[str, Any]) -> dict[str, Any]:
     costs: dict[str, int] = {}
     for count, shard in enumerate(chain([first], several), start=1):
         name = f"{count - 1:05d}"
+        if name in held and held[name] != [task.name for task in shard]:
+            raise _changed(run, name, config)
         run.write("tasks", name, task_rows(shard), {"kept": len(shard)})
         costs[name] = sum(expected_cost(task, config) for task in shard)
         tasks += len(shard)
@@ -67,6 +76,19 @@ def plan(run: Run, config: Config, student: dict[str, Any]) -> dict[str, Any]:
     done["costs"] = costs
     run.put(PLAN, json.dumps(done, indent=1).encode() + b"\n")
     return done
+
+
+def _names(run: Run, shard: str) -> list[str]:
+    """The tasks of a shard, all of whose file is read, since all that follows is made from it."""
+    return run.read("tasks", shard)["task"].to_pylist()
+
+
+def _changed(run: Run, shard: str, config: Config) -> SelfGuideError:
+    return SelfGuideError(
+        f"{shown(run.uri, 'tasks', shard)} holds other tasks than {redacted(config.tasks.source)} gives it now.",
+        "The task files have changed since, and the shards that are missing would not go with those that are there.",
+        "Restore the task files, or choose another run=DIR.",
+    )
 
 
 def expected_cost(task: Task, config: Config) -> int:

@@ -69,17 +69,17 @@ def objects(port, prefix=""):
 class Faults:
     """What a proxy does to a request: `share` of them fail, in a seeded order, in one of three ways.
 
-    All do while it is `down`, and of those it has `seen` all `after` so many.
+    All do while it is `down`, the `first` so many do, and of those it has `seen` all `after` so many.
     """
 
     def __init__(self, share=0.0, seed=0):
         self.share, self.random, self.lock = share, random.Random(seed), threading.Lock()
-        self.down, self.after, self.seen, self.failed = False, None, 0, 0
+        self.down, self.first, self.after, self.seen, self.failed = False, 0, None, 0, 0
 
     def next(self):
         with self.lock:
             self.seen += 1
-            over = self.after is not None and self.seen > self.after
+            over = self.seen <= self.first or (self.after is not None and self.seen > self.after)
             if self.down or over or self.random.random() < self.share:
                 self.failed += 1
                 return self.random.choice(["500", "503", "drop"])
@@ -134,7 +134,8 @@ def proxy(port, faults):
                 self.send_header(name, value)
             self.send_header("Content-Length", length or str(len(data)))
             self.end_headers()
-            self.wfile.write(data)
+            if self.command != "HEAD":
+                self.wfile.write(data)
 
         do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = answer
 

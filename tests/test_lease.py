@@ -13,6 +13,7 @@ import uuid
 from pathlib import Path
 
 import numpy as np
+import pyarrow.fs as pafs
 import pytest
 
 from selfguide_ray import lease
@@ -39,9 +40,16 @@ def run(request, tmp_path, monkeypatch):
     if request.param == "local":
         return Run(str(tmp_path / "run"))
     monkeypatch.setattr(lease, "SETTLE", 0.05)
-    store = Run("mock:///bucket/run")
-    store.fs.create_dir(store.root)
-    return store
+    return store()
+
+
+def store():
+    """A run on an object store in this process's memory."""
+    run = Run("run")
+    run.fs, run.root = pafs.FileSystem.from_uri("mock:///bucket/run")
+    run.local = False
+    run.fs.create_dir(run.root)
+    return run
 
 
 def leave(run, **given):
@@ -131,8 +139,7 @@ def test_of_many_who_come_at_once_one_gets_the_lease(tmp_path):
 
 def test_of_two_writers_of_an_object_store_the_last_has_it(monkeypatch):
     """The first to write looks again, and sees the other."""
-    run = Run("mock:///bucket/run")
-    run.fs.create_dir(run.root)
+    run = store()
     monkeypatch.setattr(lease.time, "sleep", lambda seconds: leave(run))
     with pytest.raises(SelfGuideError, match="held by process"):
         Lease(run, "mine").take()

@@ -24,7 +24,7 @@ from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.executor import ShardWorker
 from selfguide_ray.failures import failures
 from selfguide_ray.inputs import Inputs
-from selfguide_ray.method import Job, plan, report
+from selfguide_ray.method import SELFGUIDE, Job, guarded, perform, plan, report
 from selfguide_ray.models import learn, learnable, packs
 from selfguide_ray.outputs import Outputs
 from selfguide_ray.predictions import Predictions
@@ -33,7 +33,7 @@ from selfguide_ray.scores import Scores
 from selfguide_ray.storage import attempts, inside, shown
 from selfguide_ray.trainset import Trainset
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 SCRIPTED = [
     "student.engine=scripted",
@@ -112,10 +112,19 @@ def until(process, port, prefix):
         time.sleep(0.05)
 
 
+def said(*arguments):
+    """What a command prints."""
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
 @pytest.mark.ray
 @pytest.mark.skipif("SELFGUIDE_STORE" not in os.environ, reason="minutes of waiting for a store: SELFGUIDE_STORE=1")
-def test_a_killed_run_goes_on_and_ends_with_1_where_its_store_stays_away(cluster, server, tmp_path, s3):
-    """Every eighth request fails until the kill: by 500, 503 or a dropped connection."""
+def test_a_run_that_is_killed_and_cut_off_from_a_faulty_store_ends_as_on_a_disk(cluster, server, local, tmp_path, s3):
+    """Every eighth request fails: by 500, 503 or a dropped connection. The run is killed, started again, loses the store
+    for good, and is started a third time.
+    """
     faults, log = Faults(share=1 / 8, seed=3), tmp_path / "log"
     with proxy(server, faults) as port:
         uri = f"s3://{BUCKET}/faulty/run?endpoint_override=127.0.0.1:{port}&scheme=http"
@@ -123,6 +132,7 @@ def test_a_killed_run_goes_on_and_ends_with_1_where_its_store_stays_away(cluster
         until(process, server, "faulty/run/inputs/")
         process.send_signal(signal.SIGKILL)
         process.wait()
+        kept = objects(server, "faulty/run/inputs/0")
 
         faults.share = 0.0
         process = start(tmp_path, uri, delay="0.1")
@@ -132,6 +142,31 @@ def test_a_killed_run_goes_on_and_ends_with_1_where_its_store_stays_away(cluster
         told = log.read_text()
         assert re.search(r"^error: .*AWS Error.*\n  why: .*\n  instead: .*the same command goes on", told, re.MULTILINE)
         assert not objects(server, "faulty/run/report")
+
+        faults.down, faults.share = False, 1 / 8
+        process = start(tmp_path, uri)
+        assert process.wait(timeout=600) == 0, log.read_text()[-3000:]
+    assert faults.failed > 20
+    now = objects(server, "faulty/run/")
+    assert {key: now[key] for key in kept} == kept  # nothing is made twice
+    assert [key for key in now if "/.train/" in key or "/.unfinished/" in key or ".tmp-" in key] == []
+    assert_equal_runs(Run(f"s3://{BUCKET}/faulty/run"), local)
+
+
+def test_a_run_on_a_faulty_store_equals_one_on_a_disk_and_the_commands_read_it(server, local, s3):
+    faults = Faults(share=1 / 8, seed=3)
+    with proxy(server, faults) as port:
+        whole(f"s3://{BUCKET}/one/run?endpoint_override=127.0.0.1:{port}&scheme=http", SCRIPTED)
+    assert faults.failed > 20
+    uri = f"s3://{BUCKET}/one/run"  # by the environment's endpoint from here on, past the proxy
+    run = Run(uri)
+    assert_equal_runs(run, local)
+    assert json.loads(said("status", uri, "--json"))["left_behind"] == []
+    assert said("report", uri) == said("report", local.uri)
+    (one, other) = json.loads(said("compare", uri, local.uri, "--json"))["families"][0]["groups"]
+    assert one["systems"] == other["systems"]
+    assert "<html" in run.get("report.html").decode()
+    assert "made-up" not in run.get("report.html").decode()
 
 
 def test_the_embedded_student_learns_on_a_store_what_it_learns_on_a_disk(s3, one_process, tmp_path):
@@ -276,7 +311,18 @@ def test_folders_of_a_store_are_there_with_their_files_and_go_with_them(s3):
     run.put("ab", b"1")  # begins like the folder's name
     run.remove("a")
     assert (run.exists("a"), run.names(""), run.get("ab")) == (False, ["ab"], b"1")
-    assert pickle.loads(pickle.dumps(run)).get("ab") == b"1"
+
+
+def test_a_store_is_as_patient_in_the_processes_that_it_is_sent_to(s3):
+    """Ray sends a run to actors, and its file system to the controller and the workers of Ray Train."""
+    faults = Faults()
+    with proxy(s3, faults) as port:
+        run = Run(f"s3://{BUCKET}/patient?endpoint_override=127.0.0.1:{port}&scheme=http")
+        run.put("a", b"1")
+        sent = pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(run))))
+        faults.seen, faults.first = 0, 4  # Arrow by itself tries thrice
+        assert sent.get("a") == b"1"
+        assert faults.failed == 4
 
 
 # --- a disk that fails, files that others damage -----------------------------------------------------------------------
@@ -377,6 +423,30 @@ def test_a_damaged_shard_is_named_and_the_others_go_on(tmp_path, local, how):
     for table in ("inputs", "outputs", "trainset"):
         assert run.read_all(table).equals(local.read_all(table)), table
 
+    damaged(run, "tasks/_plan.json", "cut")
+    with pytest.raises(SelfGuideError, match=r"tasks/_plan\.json is damaged"):
+        plan(Job(config, run))
+    run.remove("tasks/_plan.json")
+    plan(Job(config, run))
+    assert run.get_json("tasks/_plan.json") == local.get_json("tasks/_plan.json")
+
     damaged(run, "trainset/00001.parquet", how)
     assert {work.shard for work in learnable(run, config).values()} == {"00000", "00002", "00003"}
     assert [(table, unit) for table, unit, _ in failures(run)] == [("trainset", "00001")]
+
+
+def test_a_shard_damaged_after_its_use_ends_the_job_by_name_and_is_made_again(tmp_path, local, capsys):
+    shutil.copytree(local.root, tmp_path / "run")
+    run = Run(str(tmp_path / "run"))
+    config = load(overrides=[f"run={run.root}", *SCRIPTED])
+    damaged(run, "inputs/00001.parquet", "flipped")
+    assert guarded(lambda: perform(config, SELFGUIDE)) == 2
+    told = capsys.readouterr().err
+    assert f"error: {run.root}/inputs/00001.parquet is damaged.\n  why: " in told
+    assert "\n  instead: Delete it, and the same command makes it again.\n" in told
+    assert "Traceback" not in told
+
+    run.remove("inputs/00001.parquet")
+    list(ShardWorker(config, [Inputs], lambda: make_engine(config.student, config.cluster)).work("00001"))
+    assert perform(config, SELFGUIDE) == 0
+    assert_equal_runs(run, local)

@@ -284,6 +284,39 @@ def test_an_interrupted_plan_is_completed(settings, tmp_path):
     assert Run(config.run).read_all("tasks").equals(whole)
 
 
+def test_a_shard_that_is_gone_is_made_again_unless_the_files_have_changed(settings, suite, tmp_path):
+    config = settings("tasks.per_shard=2")
+    first = make_plan(config)
+    run = Run(config.run)
+    whole = run.read_all("tasks")
+    run.remove("tasks/00001.parquet")
+    assert make_plan(config) == first
+    assert run.read_all("tasks").equals(whole)
+
+    run.remove("tasks/00001.parquet")
+    write_task(suite, "task0_new")
+    error = refusal(config)
+    assert error.what == f"{run.root}/tasks/00000 holds other tasks than {config.tasks.source} gives it now."
+    assert run.shards("tasks") == ["00000", "00002"]
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped"])
+def test_a_damaged_shard_is_refused_by_name_before_anything_else_is_done(settings, tmp_path, how):
+    config = settings("tasks.per_shard=2")
+    first = make_plan(config)
+    run = Run(config.run)
+    whole, file = run.read_all("tasks"), tmp_path / "run/tasks/00001.parquet"
+    data = bytearray(file.read_bytes())
+    data[60] ^= 1  # in the first page
+    file.write_bytes(data if how == "flipped" else data[:-9])
+    error = refusal(config)
+    assert error.what == f"{file} is damaged."
+    assert error.instead == "Delete it, and the same command makes it again."
+    file.unlink()
+    assert make_plan(config) == first
+    assert run.read_all("tasks").equals(whole)
+
+
 def test_other_settings_are_refused_with_the_difference(settings, tmp_path):
     make_plan(settings("tasks.per_shard=2"))
     before = sorted((tmp_path / "run").rglob("*"))
