@@ -22,7 +22,7 @@ CHAT_PHRASES = (
 )  # fmt: skip
 
 
-def _refuse_uri(name: str, value: str | None) -> None:
+def refuse_uri(name: str, value: str | None) -> None:
     """A path that cannot be a URI is not one."""
     if value is not None and "://" in value:
         raise SelfGuideError(
@@ -60,7 +60,7 @@ class Student(Section):
 
     @model_validator(mode="after")
     def _on_disk(self) -> "Student":
-        _refuse_uri("student.model", self.model)
+        refuse_uri("student.model", self.model)
         return self
 
 
@@ -134,8 +134,8 @@ class Tasks(Section):
 
     @model_validator(mode="after")
     def _on_disk(self) -> "Tasks":
-        _refuse_uri("tasks.source", self.source)
-        _refuse_uri("tasks.splits", self.splits)
+        refuse_uri("tasks.source", self.source)
+        refuse_uri("tasks.splits", self.splits)
         return self
 
 
@@ -297,7 +297,7 @@ class Models(Section):
     def _read_deepspeed(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        _refuse_uri("models.deepspeed", value)
+        refuse_uri("models.deepspeed", value)
         return _json_object(Path(value), "models.deepspeed")
 
     @property

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from objects import BUCKET, environment, store
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfguide_ray.config_file import read
@@ -40,7 +41,8 @@ from selfguide_ray.pretraining.corpus import (
 from selfguide_ray.pretraining.learning import CURVE, Learning, learn, make_model, weights_of
 from selfguide_ray.pretraining.made_up import FAMILIES, GROUPS, WORDS, made_up_task
 from selfguide_ray.pretraining.muon import Muon, orthogonalized, split
-from selfguide_ray.pretraining.recipe import make, prepare
+from selfguide_ray.pretraining.recipe import make as made
+from selfguide_ray.pretraining.recipe import prepare
 from selfguide_ray.run import Run
 
 NANO = resolve("embedded/nano")
@@ -371,6 +373,10 @@ def recipe_of(source, output, **more):
     return Recipe.model_validate({"output": str(output), "source": str(source), "shape": SMALL} | settings)
 
 
+def make(recipe, train):
+    return Path(made(recipe, train))
+
+
 def here(recipe):
     learn(recipe, 0, 1)
 
@@ -409,6 +415,19 @@ def test_the_recipe_leaves_a_student_that_loads_and_its_card(source, tmp_path, o
     again = make(recipe_of(source, tmp_path / "b"), here)
     assert told_of(again)["curve"] == told["curve"]
     assert (again / "model.safetensors").read_bytes() == (student / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_recipe_on_an_object_store_leaves_the_same_student(source, tmp_path, one_process, monkeypatch):
+    local = make(recipe_of(source, tmp_path / "a", tokens=10_000), here)
+    with store() as port:
+        for name, value in environment(port).items():
+            monkeypatch.setenv(name, value)
+        assert made(recipe_of(source, f"s3://{BUCKET}/work", tokens=10_000), here) == f"s3://{BUCKET}/work/student"
+        run = Run(f"s3://{BUCKET}/work")
+        assert run.names("student") == sorted(path.name for path in local.iterdir())
+        assert run.get("student/model.safetensors") == (local / "model.safetensors").read_bytes()
+        assert run.get_json("student/pretraining.json")["curve"] == told_of(local)["curve"]
 
 
 def test_a_student_can_be_gone_on_with(source, tmp_path, one_process):
@@ -561,3 +580,15 @@ def test_a_setting_that_a_recipe_lacks_is_explained(tmp_path):
 def test_the_recipes_of_the_project_are_read(size):
     recipe = read(Recipe, Path(__file__).parents[1] / "configs" / f"student-{size}.yaml")
     assert recipe.output == f"runs/student-{size}"
+
+
+@pytest.mark.parametrize("name", ["source", "start"])
+def test_what_a_recipe_reads_from_disk_only_is_refused_as_a_uri(name):
+    with pytest.raises(SelfGuideError) as refused:
+        Recipe.model_validate({name: "s3://bucket/folder"})
+    assert refused.value.what == f"{name}: s3://bucket/folder is a URI."
+
+
+def test_an_output_that_is_no_place_is_refused_by_name(source):
+    with pytest.raises(SelfGuideError, match="zz:// is no place for a run"):
+        make(recipe_of(source, "zz://bucket/work"), here)

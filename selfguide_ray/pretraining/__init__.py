@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from selfguide_ray.config import refuse_uri
 from selfguide_ray.errors import SelfGuideError
 from selfguide_ray.sections import Section
 
@@ -35,7 +36,7 @@ class Recipe(Section):
     """Everything a student depends on but the version of the code."""
 
     output: str = "runs/student"
-    """The folder of the work, and in it, when all is done, `student/`."""
+    """The folder of the work, a path or a URI such as s3://bucket/work; in it, when all is done, `student/`."""
     source: str = "natural-instructions"
     """A checkout of Natural Instructions: a folder with `tasks/` or `tasks.tar.xz`, and `splits/`."""
     seed: int = Field(1, ge=0)
@@ -98,6 +99,12 @@ class Recipe(Section):
     """GPUs of a worker."""
     checkpoint_seconds: float = Field(300, ge=0)
     """How often the state is kept, to go on from after a death."""
+
+    @model_validator(mode="after")
+    def _read_from_disk(self) -> "Recipe":
+        refuse_uri("source", self.source)
+        refuse_uri("start", self.start)
+        return self
 
     @model_validator(mode="after")
     def _unsharded_muon(self) -> "Recipe":

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from selfguide_ray import progress
 from selfguide_ray.config_file import read
+from selfguide_ray.failures import caught
 from selfguide_ray.pretraining import Recipe
 from selfguide_ray.run import Run
 
@@ -30,9 +31,10 @@ def pretrain(arguments: Sequence[str]) -> int:
 
     def tell(run: Run, over: threading.Event) -> None:
         """Say how far the training is, as long as it lasts."""
-        last = None
+        last = told = None
         while not over.wait(EVERY):
-            told = run.get_json(CURVE)
+            with caught():  # a store that does not answer is asked again
+                told = run.get_json(CURVE, dict)
             if told is not None and told["step"] != last:
                 last = told["step"]
                 tokens, loss = told["curve"][-1]
@@ -42,6 +44,6 @@ def pretrain(arguments: Sequence[str]) -> int:
                 )
 
     folder = make(recipe, train)
-    progress.event("student", folder=str(folder))
+    progress.event("student", folder=folder)
     progress.say(f"the student is in {folder}")
     return 0

@@ -24,6 +24,7 @@ from selfguide_ray.models import UNFINISHED
 from selfguide_ray.pretraining import Recipe, corpus
 from selfguide_ray.pretraining.learning import HELD_OUT, PRIMER, ROWS, START, TOLD, WEIGHTS, WORK
 from selfguide_ray.run import Run
+from selfguide_ray.storage import shown
 
 STUDENT, CARD, RECORD = "student", "README.md", "pretraining.json"
 SETTINGS, MANIFEST, TOKENIZER = f"{WORK}/recipe.json", f"{WORK}/manifest.json", f"{WORK}/tokenizer.json"
@@ -32,8 +33,8 @@ BEFORE = f"{WORK}/start.json"  # the record of the student that the recipe goes 
 ELSEWHERE = {"workers", "cpus_per_worker", "gpus_per_worker", "checkpoint_seconds", "output", "source", "tokens"}
 
 
-def make(recipe: Recipe, train: Callable[[Recipe], None]) -> Path:
-    """The student's folder. `train` trains the weights: `trainer.pretrain`, or the same without Ray."""
+def make(recipe: Recipe, train: Callable[[Recipe], None]) -> str:
+    """Where the student lies. `train` trains the weights: `trainer.pretrain`, or the same without Ray."""
     run = Run(recipe.output)
     recipe = recipe.model_copy(update={"output": run.root if run.local else run.uri})
     if not run.exists(ROWS):
@@ -51,7 +52,7 @@ def make(recipe: Recipe, train: Callable[[Recipe], None]) -> Path:
     run.remove(UNFINISHED)  # the state that a death would have gone on from
     if not run.exists(f"{STUDENT}/{CARD}"):
         publish(run, recipe)
-    return Path(run.root) / STUDENT
+    return shown(recipe.output, STUDENT)
 
 
 def _claim(run: Run, recipe: Recipe) -> None:
