@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from heads import environment, head
+from heads import environment, free_ports, head
 
 ROOT = Path(__file__).parents[1]
 MOST = 3
@@ -27,7 +27,7 @@ SMALL = (
 )
 
 
-def autoscaler():
+def autoscaler(address):
     """Settings of an autoscaler that may start nodes of one CPU, as processes of this machine."""
     kinds = {
         "worker": {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": MOST},
@@ -37,6 +37,7 @@ def autoscaler():
         "cluster_name": "pretended",
         "provider": {
             "type": "fake_multinode",
+            "gcs_address": address,  # which its nodes join
             "use_node_id_as_ip": True,
             "disable_node_updaters": True,
             "disable_launch_config_check": True,
@@ -88,11 +89,15 @@ def drive(folder, address):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_nodes_come_from_zero_up_to_the_most_and_go_again(tmp_path):
-    (tmp_path / "autoscaler.json").write_text(json.dumps(autoscaler()))
+    from ray._private.services import get_node_ip_address
+
+    (port,) = free_ports(1)
+    address = f"{get_node_ip_address()}:{port}"
+    (tmp_path / "autoscaler.json").write_text(json.dumps(autoscaler(address)))
     pretended = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
-    with head(f"--autoscaling-config={tmp_path / 'autoscaler.json'}", cpus=0, **pretended) as started:
+    with head(f"--autoscaling-config={tmp_path / 'autoscaler.json'}", f"--port={port}", cpus=0, **pretended):
         done = subprocess.run(
-            [sys.executable, __file__, tmp_path, started.address],
+            [sys.executable, __file__, tmp_path, address],
             capture_output=True,
             text=True,
             timeout=800,
