@@ -22,6 +22,7 @@ class Spending:
     def __init__(self, run: Run, budget: Budget) -> None:
         self.run, self.budget = run, budget
         self.seconds = float((run.get_json(ACCOUNT, dict) or {}).get("seconds", 0.0))
+        self.written = self.seconds
         self.units, self.since = 0, time.monotonic()
         self.lock = threading.Lock()
 
@@ -44,7 +45,9 @@ class Spending:
     def used_up(self) -> str | None:
         """Write the account, and tell which part of the budget is used up; None as long as there is more."""
         hours = self.hours
-        self.run.put(ACCOUNT, json.dumps({"seconds": round(self.seconds, 1)}).encode())
+        if self.seconds != self.written:  # a job that has done nothing leaves nothing
+            self.run.put(ACCOUNT, json.dumps({"seconds": round(self.seconds, 1)}).encode())
+            self.written = self.seconds
         budget = self.budget
         if budget.hours is not None and hours >= budget.hours:
             return f"budget.hours: {hours:.4g} of {budget.hours:g} hours are used up"

@@ -30,6 +30,8 @@ def test_every_unit_counts_while_it_is_held(tmp_path, clock):
     spending = Spending(Run(str(tmp_path)), Budget())
     clock[0] += 3600
     assert spending.hours == 0
+    assert spending.used_up() is None
+    assert not Run(str(tmp_path)).exists(ACCOUNT)  # nothing was spent
     with spending.holding(4):
         clock[0] += 1800
         with spending.holding(2):
