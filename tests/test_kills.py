@@ -149,7 +149,7 @@ def test_workers_groups_and_the_driver_killed_at_random_end_the_same(tmp_path, c
     _, run = prepared(tmp_path / "cluster")
     chance, done = random.Random(7), []
     lost = []  # seconds from a death of all that learns to the next step that is kept
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}  # a cluster that dies with its driver
+    environment = os.environ | {"RAY_ADDRESS": "local"}  # a cluster that dies with its driver
     published = {}
 
     def start():

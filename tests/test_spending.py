@@ -102,12 +102,10 @@ def test_a_run_stops_at_its_budget_and_goes_on_with_a_larger_one(tmp_path):
     )
 
     def job(budget, delay):
-        here = {
-            name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"
-        }  # for the delay to reach actors
         done = subprocess.run(
             [*command, f"budget.hours={budget}"],
-            env=here | {"SELFGUIDE_SCRIPTED_DELAY": delay},
+            # A cluster of its own, since actors have the environment of the cluster's start.
+            env=os.environ | {"RAY_ADDRESS": "local", "SELFGUIDE_SCRIPTED_DELAY": delay},
             capture_output=True,
             text=True,
             timeout=500,
