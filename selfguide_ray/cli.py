@@ -45,7 +45,7 @@ def run(
     """Run the whole method, from task files to the report; the same command again continues it.
 
     Exit code 0: all done. 1: something was left behind, and is listed. 2: bad input, or another job works on the run;
-    nothing was done. 130: stopped by Ctrl-C or SIGTERM, after what was in hand.
+    nothing was done. 3: the budget is used up. 130: stopped by Ctrl-C or SIGTERM, after what was in hand.
 
     Example: selfguide run configs/quickstart.yaml run=runs/first tasks.select='example00[1-4]*' inputs.rounds=4
     """

@@ -42,7 +42,7 @@ def connect() -> None:
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's coming default; unset it warns each time
-    # Ray's core says of every actor with bounded restarts, as an error, that lost arguments would end it; so be it.
+    # Ray's core tells of every process that dies as of an error; here a death is expected, and `guarding` counts it.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     stopping = signal.getsignal(signal.SIGTERM)  # which Ray would replace by a handler that exits
     ray.init(

@@ -128,7 +128,7 @@ class Work:
                 what = "" if self.used_up is None else f"{self.used_up}; "
                 what += f"finishing what is in hand, for {self.drain_seconds:g} s at most; once more to leave at once"
                 progress.event("stopping", what=what)
-                progress.say(f"[bold]stopping[/bold]: {what}")
+                progress.say(f": {what}", lead="stopping")
             if self.lost is not None or time.monotonic() >= late:
                 self.stopping = True
                 if self.handlers and not self.over:

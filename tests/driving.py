@@ -7,7 +7,16 @@ import sys
 import time
 from pathlib import Path
 
+from selfguide_ray.engine import make_engine
+from selfguide_ray.executor import ShardWorker
+from selfguide_ray.inputs import Inputs
+from selfguide_ray.method import plan
+from selfguide_ray.models import learn, packs
+from selfguide_ray.outputs import Outputs
+from selfguide_ray.predictions import Predictions
 from selfguide_ray.run import READS, Run
+from selfguide_ray.scores import Scores
+from selfguide_ray.trainset import Trainset
 
 JOB = Path(__file__).parents[1] / "jobs" / "selfguide.py"
 
@@ -61,3 +70,14 @@ def assert_equal_runs(one, other):
 
 def reached(table, count):
     return lambda run: len(run.trained() if table == "models" else run.shards(table)) >= count
+
+
+def make_here(job):
+    """A whole run but its report, by the same stages in this process and without Ray."""
+    plan(job)
+    engine = make_engine(job.config.student, job.config.cluster)
+    for shard in job.run.shards("tasks"):
+        list(ShardWorker(job.config, [Inputs, Outputs, Trainset], lambda: engine).work(shard))
+    learn(job.config, packs(job.run, job.config))
+    for shard in job.run.shards("tasks"):
+        list(ShardWorker(job.config, [Predictions, Scores], lambda: engine).work(shard))

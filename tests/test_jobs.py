@@ -10,22 +10,14 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from driving import assert_equal_runs, published, reached
+from driving import assert_equal_runs, make_here, published, reached
 from heads import environment, get, head
 
 from selfguide_ray.config_file import load
-from selfguide_ray.engine import make_engine
-from selfguide_ray.executor import ShardWorker
 from selfguide_ray.failures import failures
-from selfguide_ray.inputs import Inputs
 from selfguide_ray.lease import LEASE
-from selfguide_ray.method import Job, plan
-from selfguide_ray.models import learn, packs
-from selfguide_ray.outputs import Outputs
-from selfguide_ray.predictions import Predictions
+from selfguide_ray.method import Job
 from selfguide_ray.run import Run
-from selfguide_ray.scores import Scores
-from selfguide_ray.trainset import Trainset
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -163,12 +155,6 @@ def test_what_was_stopped_is_gone_on_with_and_nothing_is_made_twice(story):
 def test_a_run_that_was_stopped_twice_equals_an_undisturbed_one(story, tmp_path):
     config = load(ROOT / CONFIG, [f"run={tmp_path}", *SETTINGS])
     job = Job(config, Run(config.run))
-    plan(job)
-    engine = make_engine(job.config.student, job.config.cluster)
-    for shard in job.run.shards("tasks"):
-        list(ShardWorker(job.config, [Inputs, Outputs, Trainset], lambda: engine).work(shard))
-    learn(job.config, packs(job.run, job.config))
-    for shard in job.run.shards("tasks"):
-        list(ShardWorker(job.config, [Predictions, Scores], lambda: engine).work(shard))
+    make_here(job)
     assert failures(job.run) == failures(story["run"]) == []
     assert_equal_runs(story["run"], job.run)

@@ -1,20 +1,12 @@
 """The same with the real student: what it wrote and learned does not depend on the death of the driver."""
 
 import pytest
-from driving import assert_equal_runs, finish, kill_when, published, reached
+from driving import assert_equal_runs, finish, kill_when, make_here, published, reached
 
 from selfguide_ray.config_file import load
-from selfguide_ray.engine import make_engine
-from selfguide_ray.executor import ShardWorker
 from selfguide_ray.failures import failures
-from selfguide_ray.inputs import Inputs
-from selfguide_ray.method import Job, plan
-from selfguide_ray.models import learn, packs
-from selfguide_ray.outputs import Outputs
-from selfguide_ray.predictions import Predictions
+from selfguide_ray.method import Job
 from selfguide_ray.run import Run
-from selfguide_ray.scores import Scores
-from selfguide_ray.trainset import Trainset
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -36,13 +28,7 @@ def in_this_process(folder):
     folder.mkdir()
     (folder / "config.yaml").write_text(REAL.format(run=folder / "run"))
     job = Job(load(folder / "config.yaml"), Run(str(folder / "run")))
-    plan(job)
-    engine = make_engine(job.config.student, job.config.cluster)
-    for shard in job.run.shards("tasks"):
-        list(ShardWorker(job.config, [Inputs, Outputs, Trainset], lambda: engine).work(shard))
-    learn(job.config, packs(job.run, job.config))
-    for shard in job.run.shards("tasks"):
-        list(ShardWorker(job.config, [Predictions, Scores], lambda: engine).work(shard))
+    make_here(job)
     assert failures(job.run) == []
     return job.run
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,7 +18,6 @@ import ray
 from benchmarks import Measured
 from selfguide_ray.config import Config, Student
 from selfguide_ray.config_file import load
-from selfguide_ray.engine import Completion, Request
 from selfguide_ray.engine.scripted import ScriptedEngine
 from selfguide_ray.executor import connect, map_shards
 from selfguide_ray.run import Run
@@ -48,11 +47,6 @@ class Sleeping(ScriptedEngine):
     def __init__(self, seconds: float) -> None:
         super().__init__(Student(engine="scripted"))
         self.delay, self.fingerprint = seconds, f"sleeping {os.getpid()}"
-
-    def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
-        """See `engine.Engine`."""
-        time.sleep(self.delay)
-        return []
 
 
 class Nothing:
